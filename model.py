@@ -1,0 +1,727 @@
+"""Semantic-VAE (arXiv 2509.22167): the networks, the flow-matching objective and the sampler.
+
+Stage 1 is a speech VAE. Its alignment head pulls the latents towards the features of a frozen self-supervised (SSL)
+speech model. Stage 2 is a diffusion transformer (DiT, after F5-TTS) that learns to generate those latents from text and
+a prompt in any voice.
+
+    audio --encoder--> mean, logvar --sample--> z --decoder--> audio          stage 1: train_vae.py
+                                                |
+    SSL features --alignment head--> target ----+ cosine                      training only
+
+    noise, prompt latents, text --DiT, 32 Euler steps--> z --decoder--> audio    stage 2: train_tts.py, sample.py
+
+Axes: B batch, T audio samples, N latent frames (T / hop), S SSL frames, C channels, D features, H heads, L bytes of text.
+Convolutions see [B, C, N]; attention, latents and everything between the two stages are [B, N, D].
+
+Parameters carry the names of the authors' release (VAE) and of F5-TTS (DiT), so a state dict needs no translation.
+"""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+class InputError(Exception):
+    """A mistake in what the user gave: says what was found, what was expected and what mends it. Scripts exit with 2."""
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Settings. One frozen dataclass a network, one table of presets for networks and training.
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Stage 1. The defaults are the paper's: 40 latent frames a second of 64 dimensions at 16 kHz."""
+
+    sample_rate: int = 16000
+    encoder_dim: int = 64  # channels after the first conv; doubled by every block
+    encoder_rates: tuple[int, ...] = (4, 4, 5, 5)
+    latent_dim: int = 64
+    decoder_dim: int = 1024  # channels before the first upsampling; halved by every stage
+    decoder_rates: tuple[int, ...] = (5, 5, 2, 2, 2, 2)
+    decoder_kernels: tuple[int, ...] = (9, 9, 4, 4, 4, 4)
+    resblock_kernels: tuple[int, ...] = (3, 7, 11)
+    ssl_dim: int = 1024  # width of the features the alignment head reads; 0 leaves the head out
+
+    @property
+    def hop(self) -> int:
+        """Audio samples in a latent frame."""
+        return math.prod(self.encoder_rates)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Stage 2. The defaults are the paper's (F5-TTS "small"). The last five fields tie a checkpoint to its data and VAE."""
+
+    latent_dim: int = 64
+    width: int = 768
+    depth: int = 18
+    heads: int = 12
+    ff_mult: int = 2
+    text_symbols: int = 256  # UTF-8 bytes
+    text_dim: int = 512
+    text_layers: int = 4
+    text_upsample: bool = False  # spread the text evenly over the utterance, instead of left-aligned
+    sample_rate: int = 16000
+    hop: int = 400
+    text: str = "raw"  # how the training text was normalised: see prepare.normalize_text
+    max_seconds: float = 30.0  # the longest training utterance: prompt and target together must fit
+    vae_hash: str = ""  # content_hash() of the VAE whose latents these are
+
+
+# Training settings use the flags' names. "paper" is the paper's; "demo" runs on two CPU cores in minutes.
+PRESETS = {
+    "demo": dict(
+        vae=dict(encoder_dim=16, latent_dim=16, decoder_dim=128, resblock_kernels=(3, 7)),
+        train_vae=dict(steps=400, lr=1e-3, crop=0.8, batch_seconds=6.4, micro_batch=8, adv_start=300, disc_width=0.125,
+                       lr_decay=0.998, ema=0.99, eval_every=200, log_every=20),
+        dit=dict(width=192, depth=6, heads=3, text_dim=96, text_layers=2, text_upsample=True),
+        train_tts=dict(steps=400, lr=1e-3, warmup=40, batch_seconds=32, micro_seconds=32, ema=0.99, eval_every=200, log_every=20),
+    ),
+    "small": dict(
+        vae=dict(encoder_dim=32, decoder_dim=512),
+        train_vae=dict(steps=200_000, crop=1.5, batch_seconds=48, micro_batch=32, disc_width=0.5),
+        dit=dict(width=512, depth=12, heads=8, text_dim=256, text_upsample=True),
+        train_tts=dict(steps=200_000, lr=2e-4, warmup=5_000, batch_seconds=600, micro_seconds=300),
+    ),
+    "paper": dict(
+        vae=dict(),
+        train_vae=dict(),
+        dit=dict(),
+        train_tts=dict(),
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Checkpoints: a folder with model.safetensors and config.json rebuilds its network. Nothing else is needed.
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call write(temporary path), flush it to the disk, then rename: `path` is always whole, old or new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def local_folder(name: str | Path) -> Path:
+    """A folder on this disk, or a hub id such as zkniu/Semantic-VAE/semantic_vae, which is downloaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    parts = str(name).split("/")
+    if len(parts) < 2 or str(name).startswith((".", "/")) or Path(parts[0]).exists():
+        raise InputError(f"no folder {name} (expected a checkpoint folder, or a hub id such as zkniu/Semantic-VAE/semantic_vae)")
+    from huggingface_hub import snapshot_download
+
+    repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        where = snapshot_download(repository, allow_patterns=[f"{subfolder}/**"] if subfolder else None)
+    except Exception as e:  # the hub's own errors are many; each means that the name led nowhere
+        raise InputError(f"no folder {name}, and the hub has no {repository} that can be reached: {str(e).splitlines()[0]}") from e
+    return Path(where) / subfolder
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The float32 tensors of a safetensors file. A missing or damaged file is an InputError."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {name: f.get_tensor(name).float() for name in f.keys()}
+    except (OSError, SafetensorError, ValueError) as e:
+        raise InputError(f"cannot read {path}: {e}; train again or copy the file anew") from e
+
+
+def load_exactly(module: nn.Module, tensors: dict[str, torch.Tensor], source) -> None:
+    """Load by name and shape. Anything missing, left over or of another shape is an InputError that names it."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [f"{k}: found {list(tensors[k].shape)}, expected {list(own[k].shape)}" for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    for what, names in (("lacks", missing), ("has unknown", extra), ("has other shapes:", sorted(shapes))):
+        if names:
+            raise InputError(f"{source} does not fit {type(module).__name__}: it {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    module.load_state_dict(tensors)
+
+
+class Pretrained(nn.Module):
+    """save_pretrained and from_pretrained for a network with a dataclass `config`."""
+
+    def save_pretrained(self, folder: str | Path, dtype=torch.float32, **notes) -> None:
+        """Write model.safetensors and, beside it, config.json with the class, its config and any further notes."""
+        folder = Path(folder)
+        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
+        write_atomic(folder / "model.safetensors", lambda p: save_file(tensors, p))
+        config = dict(model=type(self).__name__, config=asdict(self.config), **notes)
+        write_atomic(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path):
+        """The network in a folder (or hub id), in eval mode on the CPU. Raises InputError if anything does not fit."""
+        folder = local_folder(name)
+        path = folder / "config.json"
+        if not path.exists():
+            raise InputError(f"{folder} holds no config.json (expected a folder written by train_vae.py or train_tts.py)")
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
+            kind = saved["model"]
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise InputError(f"{path} is not a config of this project: {e!r}") from e
+        config_class = cls.__init__.__annotations__["config"]
+        if kind != cls.__name__ or values.keys() != {f.name for f in fields(config_class)}:
+            raise InputError(f"{folder} holds a {kind}, expected a {cls.__name__}" if kind != cls.__name__ else f"{path} has other settings than {config_class.__name__}")
+        model = cls(config_class(**values))
+        load_exactly(model, load_tensors(folder / "model.safetensors"), folder)
+        return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Stage 1: the VAE.
+
+
+def conv(*args, **kwargs) -> nn.Module:
+    """A weight-normalised 1-D convolution."""
+    return weight_norm(nn.Conv1d(*args, **kwargs))
+
+
+class Snake(nn.Module):
+    """x + sin²(αx)/α, with one α a channel: a periodic inductive bias (arXiv 2006.08195)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
+
+    def forward(self, x):  # [B, C, N]
+        return x + (self.alpha * x).sin().square() / (self.alpha + 1e-9)
+
+
+class ResidualUnit(nn.Module):
+    """x + conv₁(snake(conv₇(snake(x)))), the wide one dilated (DAC, arXiv 2306.06546)."""
+
+    def __init__(self, channels: int, dilation: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            Snake(channels), conv(channels, channels, 7, dilation=dilation, padding=3 * dilation),
+            Snake(channels), conv(channels, channels, 1))  # fmt: skip
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+class EncoderBlock(nn.Module):
+    """Three residual units, then a strided conv that doubles the channels."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            ResidualUnit(channels, 1), ResidualUnit(channels, 3), ResidualUnit(channels, 9), Snake(channels),
+            conv(channels, 2 * channels, 2 * stride, stride, padding=math.ceil(stride / 2)))  # fmt: skip
+
+    def forward(self, x):  # [B, C, N]
+        return self.block(x)  # [B, 2C, N / stride]
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels: int, rates: tuple[int, ...]):
+        super().__init__()
+        blocks = [EncoderBlock(channels * 2**i, rate) for i, rate in enumerate(rates)]
+        self.out_channels = channels * 2 ** len(rates)
+        self.block = nn.Sequential(
+            conv(1, channels, 7, padding=3), *blocks,
+            Snake(self.out_channels), conv(self.out_channels, self.out_channels, 3, padding=1))  # fmt: skip
+
+    def forward(self, wave):  # [B, 1, T]
+        return self.block(wave)  # [B, C, N]
+
+
+class CausalAttention(nn.Module):
+    """Causal self-attention from a wide input to a narrow output: heads are averaged, then pooled, not concatenated."""
+
+    def __init__(self, dim: int, out_dim: int, heads: int = 8):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("zero_k_bias", torch.zeros(dim), persistent=False)  # a key bias would cancel in the softmax
+        self.out_dim = out_dim
+        self.proj = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x):  # [B, N, D]
+        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).mean(1)  # [B, N, D/H]
+        return self.proj(F.adaptive_avg_pool1d(y, self.out_dim))  # [B, N, out]
+
+
+class GatedMLP(nn.Module):
+    """w2(gelu(w0 v) · w1 v) of v = LayerNorm(x) (GEGLU, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.w0, self.w1, self.w2 = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        v = self.norm(x)
+        return self.w2(F.gelu(self.w0(v), approximate="tanh") * self.w1(v))
+
+
+class AttentionProjection(nn.Module):
+    """From the encoder's width to the latent's: y = proj(LN x) + attn(LN x), then y + mlp(LN y).
+
+    Causal, so that a latent frame never depends on how much speech follows it beyond the convolutions' reach."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), CausalAttention(dim, out_dim)
+        self.norm3, self.proj = nn.LayerNorm(dim), nn.Linear(dim, out_dim)
+        self.norm2, self.mlp = nn.LayerNorm(out_dim), GatedMLP(out_dim)
+
+    def forward(self, x):  # [B, N, D]
+        y = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
+        return y + self.mlp(self.norm2(y))  # [B, N, out]
+
+
+class SnakeBeta(nn.Module):
+    """x + sin²(eᵅx)/eᵝ, one α and β a channel (BigVGAN-v2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):  # [B, C, N]
+        alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
+        return x + (alpha * x).sin().square() / (beta + 1e-9)
+
+
+def lowpass(taps: int = 12) -> torch.Tensor:
+    """Kaiser-windowed sinc [1, 1, taps] with cut-off at half of the band and unit sum, for resampling by two."""
+    attenuation = 2.285 * (taps // 2 - 1) * math.pi * 4 * 0.3 + 7.95
+    window = torch.kaiser_window(taps, periodic=False, beta=0.1102 * (attenuation - 8.7), dtype=torch.float64)
+    filter = window * torch.sinc(0.5 * (torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2))
+    return (filter / filter.sum()).float()[None, None]
+
+
+class AntiAliasedSnake(nn.Module):
+    """SnakeBeta at twice the rate, so that the harmonics it adds are filtered out before they alias (BigVGAN, 3.2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.act = SnakeBeta(channels)
+        self.register_buffer("filter", lowpass(), persistent=False)
+
+    def forward(self, x):  # [B, C, N]
+        channels = x.shape[1]
+        filter = self.filter.to(x.dtype).expand(channels, -1, -1)  # one depthwise filter for all channels
+        x = 2 * F.conv_transpose1d(F.pad(x, (5, 5), "replicate"), filter, stride=2, groups=channels)[..., 15:-15]  # [B, C, 2N]
+        return F.conv1d(F.pad(self.act(x), (5, 6), "replicate"), filter, stride=2, groups=channels)  # [B, C, N]
+
+
+class AMPBlock(nn.Module):
+    """Anti-aliased multi-periodicity block: x += conv(act(conv_dilated(act(x)))) for dilations 1, 3, 5."""
+
+    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...] = (1, 3, 5)):
+        super().__init__()
+        same = lambda d: conv(channels, channels, kernel, dilation=d, padding=d * (kernel - 1) // 2)
+        self.convs1 = nn.ModuleList(same(d) for d in dilations)
+        self.convs2 = nn.ModuleList(same(1) for _ in dilations)
+        self.activations = nn.ModuleList(AntiAliasedSnake(channels) for _ in range(2 * len(dilations)))
+
+    def forward(self, x):  # [B, C, N]
+        for i, (dilated, plain) in enumerate(zip(self.convs1, self.convs2)):
+            x = x + plain(self.activations[2 * i + 1](dilated(self.activations[2 * i](x))))
+        return x
+
+
+class Decoder(nn.Module):
+    """BigVGAN-v2 (arXiv 2206.04658): upsample, then the mean of AMP blocks with several kernels, stage after stage."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels = config.decoder_dim
+        self.conv_pre = conv(config.latent_dim, channels, 7, padding=3)
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for rate, kernel in zip(config.decoder_rates, config.decoder_kernels):
+            up = nn.ConvTranspose1d(channels, channels // 2, kernel, rate, padding=(kernel - rate) // 2)
+            self.ups.append(nn.ModuleList([weight_norm(up)]))
+            channels //= 2
+            self.resblocks.extend(AMPBlock(channels, k) for k in config.resblock_kernels)
+        self.activation_post = AntiAliasedSnake(channels)
+        self.conv_post = conv(channels, 1, 7, padding=3, bias=False)
+
+    def forward(self, z):  # [B, D, N]
+        x, kernels = self.conv_pre(z), len(self.resblocks) // len(self.ups)
+        for i, (up,) in enumerate(self.ups):
+            x = up(x)  # [B, C/2, N · rate]
+            x = sum(block(x) for block in self.resblocks[i * kernels : (i + 1) * kernels]) / kernels
+        return self.conv_post(self.activation_post(x)).clamp(-1, 1)  # [B, 1, T]
+
+
+class AlignmentHead(nn.Module):
+    """SSL features, interpolated to the latent's frame rate and projected *down* to its width (paper, section 2.2)."""
+
+    def __init__(self, ssl_dim: int, latent_dim: int):
+        super().__init__()
+        hidden = 2 * latent_dim
+        self.model = nn.Sequential(
+            nn.Conv1d(ssl_dim, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
+            nn.Conv1d(hidden, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
+            nn.Conv1d(hidden, latent_dim, 1))  # fmt: skip
+
+    def forward(self, features, frames: int):  # [B, S, D]
+        x = F.interpolate(features.transpose(1, 2), frames, mode="linear", align_corners=False)
+        return self.model(x).transpose(1, 2)  # [B, N, latent]
+
+
+def alignment_loss(z, target, valid=None):
+    """−cos(z, target) over the features, mean over the valid frames, mean over the batch (paper, equation 3).
+
+    z is the *sampled* latent [B, N, D], target the head's output, valid [B, N] marks real frames (all, if None)."""
+    cosine = F.cosine_similarity(z, target, dim=-1)  # [B, N]
+    if valid is None:
+        return -cosine.mean()
+    return -((cosine * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()
+
+
+def kl_loss(mean, logvar):
+    """KL(q(z|x) ‖ N(0, 1)): summed over the features, mean over batch and frames. The 1e-6 is the authors'."""
+    return -0.5 * (1 + logvar - mean.square() - (logvar.exp() + 1e-6)).sum(-1).mean()
+
+
+class SemanticVAE(Pretrained):
+    """The speech VAE, with the alignment head beside it."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder_dim, config.encoder_rates)
+        self.pre_block = AttentionProjection(self.encoder.out_channels, config.latent_dim)
+        self.fc_mu = nn.Linear(config.latent_dim, config.latent_dim)
+        self.fc_var = nn.Linear(config.latent_dim, config.latent_dim)
+        self.decoder = Decoder(config)
+        self.projectors = AlignmentHead(config.ssl_dim, config.latent_dim) if config.ssl_dim else None
+
+    def encode(self, wave):
+        """Audio [B, T] → mean, logvar, each [B, N, D] with N = ceil(T / hop). The last frame is filled up with silence."""
+        wave = F.pad(wave, (0, -wave.shape[-1] % self.config.hop))
+        x = self.encoder(wave[:, None]).transpose(1, 2)  # [B, N, C]
+        return self.posterior(self.pre_block(x))
+
+    def posterior(self, x):
+        """[B, N, D] → mean, logvar, both float32."""
+        return self.fc_mu(x).float(), self.fc_var(x).float().clamp(-12, 12)
+
+    def decode(self, z, samples: int | None = None):
+        """Latents [B, N, D] → audio [B, samples], float32 within [-1, 1]; N · hop samples if not told."""
+        return self.decoder(z.transpose(1, 2))[:, 0, :samples].float()  # [B, T]
+
+    def content_hash(self) -> str:
+        """Names these weights (less the alignment head, which no latent depends on) in 16 hex digits."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config) | {"ssl_dim": 0}).encode())
+        for name, value in sorted(self.state_dict().items()):
+            if not name.startswith("projectors."):
+                digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path):
+        """Also reads the authors' release: a folder with metainfo.json and dac/."""
+        folder = local_folder(name)
+        return cls.from_authors(folder) if (folder / "metainfo.json").exists() else super().from_pretrained(folder)
+
+    @classmethod
+    def from_authors(cls, folder: Path):
+        """The authors' weights, every key accounted for by name and shape; sizes are read off the shapes."""
+        path = folder / "dac" / "ema_state_dict.pth"
+        path = path if path.exists() else folder / "dac" / "weights.pth"
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch raises many kinds for a missing, truncated or unsafe file
+            raise InputError(f"cannot read {path}: {str(e).splitlines()[0]}") from e
+        tensors = tensors.get("state_dict", tensors)
+        if path.stem == "ema_state_dict":
+            tensors = {k: v for k, v in tensors.items() if k not in ("initted", "step")}  # the EMA's own counters
+            tensors = {k.removeprefix("ema_model."): v for k, v in tensors.items()}
+        try:
+            first, head = tensors["encoder.block.0.bias"], tensors.get("projectors.model.0.weight")
+            config = VAEConfig(encoder_dim=len(first), latent_dim=len(tensors["fc_mu.bias"]), ssl_dim=0 if head is None else head.shape[1],
+                               decoder_dim=len(tensors["decoder.conv_pre.bias"]))  # fmt: skip
+        except KeyError as e:
+            raise InputError(f"{path} is not the authors' release: no {e}") from e
+        model = cls(config)
+        constants = {"filter": lowpass(), "zero_k_bias": torch.zeros(1)}  # buffers that we compute: only checked
+        for name in [k for k in tensors if k.rsplit(".")[-1] in constants]:
+            value, expected = tensors.pop(name), constants[name.rsplit(".")[-1]]
+            if not torch.allclose(value.float(), expected, atol=1e-6):
+                raise InputError(f"{path}: {name} differs from the {name.rsplit('.')[-1]} this model computes")
+        load_exactly(model, tensors, path)
+        return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Stage 2: the DiT.
+
+
+def spread_evenly(text, counts, lengths):
+    """Average upsampling (ZipVoice): stretch each utterance's text over its frames.
+
+    text [B, N, D] holds counts [B] characters on the left. Each of n characters gets frames // n frames, the last
+    frames % n one more; utterances without text stay as they are."""
+    n = torch.minimum(counts, lengths).clamp(min=1)[:, None]
+    frame = torch.arange(text.shape[1], device=text.device)  # [N]
+    each, short = lengths[:, None] // n, n - lengths[:, None] % n  # the first `short` characters get `each` frames
+    index = torch.where(frame < short * each, frame // each.clamp(min=1), short + (frame - short * each) // (each + 1))
+    spread = text.gather(1, index.clamp(0, text.shape[1] - 1)[..., None].expand_as(text))
+    inside = (frame < lengths[:, None]) & (counts[:, None] > 0)
+    return torch.where(inside[..., None], spread, text)
+
+
+class GlobalResponseNorm(nn.Module):
+    """γ · (x · n) + β + x, where n is each channel's norm over the frames, relative to the mean channel (ConvNeXt-V2)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, dim))
+
+    def forward(self, x, inside):  # [B, N, D]; inside [B, N, 1] keeps a batch's padding out of the norm
+        norm = (x * inside).norm(dim=1, keepdim=True)  # [B, 1, D]
+        return self.gamma * (x * (norm / (norm.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dwconv = nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1, self.grn, self.pwconv2 = nn.Linear(dim, 2 * dim), GlobalResponseNorm(2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x, inside):  # [B, N, D]
+        y = self.norm(self.dwconv(x.transpose(1, 2)).transpose(1, 2))
+        return x + self.pwconv2(self.grn(F.gelu(self.pwconv1(y)), inside))
+
+
+class TextEmbedding(nn.Module):
+    """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, and (optionally) even spreading."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.spread = config.text_upsample
+        self.text_embed = nn.Embedding(config.text_symbols + 1, config.text_dim)  # row 0 is the filler
+        self.text_blocks = nn.ModuleList(ConvNeXtBlock(config.text_dim) for _ in range(config.text_layers))
+
+    def forward(self, text, lengths, frames: int, drop=None):
+        """text [B, L] of symbols, -1 behind its end; lengths [B] in frames; drop [B] bool → [B, frames, text_dim]."""
+        text = F.pad(text + 1, (0, max(0, frames - text.shape[1])))[:, :frames]  # padded with filler, or cut
+        frame = torch.arange(frames, device=text.device)
+        inside = frame < lengths[:, None]  # [B, N]
+        filled = (text > 0) & inside  # where the true text is: kept when the text is dropped
+        if drop is not None:
+            text = text.masked_fill(drop[:, None], 0)
+        x = (self.text_embed(text) + sinusoids(frame, self.text_embed.embedding_dim)) * filled[..., None]  # [B, N, D]
+        for block in self.text_blocks:
+            x = block(x, inside[..., None]) * filled[..., None]
+        return spread_evenly(x, filled.sum(1), lengths) if self.spread else x
+
+
+def sinusoids(position, dim: int, base: float = 10000.0):
+    """Positions [N] → [N, dim], cosines first."""
+    angle = position[:, None] * base ** (-torch.arange(0, dim, 2, device=position.device) / dim)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rotate(x, angle):
+    """Rotary position (arXiv 2104.09864): turn each adjacent pair of channels of x [B, H, N, D] by angle [N, D/2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, width: int, sinusoids: int = 256):
+        super().__init__()
+        half = sinusoids // 2
+        self.register_buffer("rate", 1000 * torch.exp(-math.log(10000) * torch.arange(half) / (half - 1)), persistent=False)
+        self.time_mlp = nn.Sequential(nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):  # [B]
+        angle = t[:, None] * self.rate
+        return self.time_mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))  # [B, D]
+
+
+class ConvPosition(nn.Module):
+    """Two grouped convolutions tell neighbours apart; padding is zeroed around each, so a batch is as one by one."""
+
+    def __init__(self, width: int, kernel: int = 31, groups: int = 16):
+        super().__init__()
+        grouped = lambda: nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        self.conv1d = nn.Sequential(grouped(), nn.Mish(), grouped(), nn.Mish())
+
+    def forward(self, x, inside):  # [B, N, D], [B, N, 1]
+        first, mish, second, _ = self.conv1d
+        x, inside = (x * inside).transpose(1, 2), inside.transpose(1, 2)  # [B, D, N]
+        return (mish(second(mish(first(x)) * inside)) * inside).transpose(1, 2)
+
+
+class InputEmbedding(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.proj = nn.Linear(2 * config.latent_dim + config.text_dim, config.width)
+        self.conv_pos_embed = ConvPosition(config.width)
+
+    def forward(self, x, prompt, text, inside):
+        x = self.proj(torch.cat([x, prompt, text], dim=-1))  # [B, N, D]
+        return x + self.conv_pos_embed(x, inside)
+
+
+class Modulation(nn.Module):
+    """AdaLN: `chunks` vectors [B, 1, D] from the time embedding, zero at first (DiT, arXiv 2212.09748)."""
+
+    def __init__(self, width: int, chunks: int):
+        super().__init__()
+        self.linear, self.chunks = nn.Linear(width, chunks * width), chunks
+
+    def forward(self, t):  # [B, D]
+        return self.linear(F.silu(t))[:, None].chunk(self.chunks, dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x, angle, mask):  # [B, N, D]; mask [B, 1, 1, N], None if nothing is padded
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v))  # [B, H, N, D/H]
+        y = F.scaled_dot_product_attention(rotate(q, angle), rotate(k, angle), v, attn_mask=mask)
+        return self.to_out(y.transpose(1, 2).flatten(2))  # [B, N, D]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, mult: int):
+        super().__init__()
+        self.ff = nn.Sequential(
+            nn.Sequential(nn.Linear(width, mult * width), nn.GELU(approximate="tanh")),
+            nn.Identity(),  # a dropout in F5-TTS: keeps the parameters' names
+            nn.Linear(mult * width, width))  # fmt: skip
+
+    def forward(self, x):
+        return self.ff(x)
+
+
+class DiTBlock(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.attn_norm = Modulation(config.width, 6)
+        self.attn = Attention(config.width, config.heads)
+        self.ff = FeedForward(config.width, config.ff_mult)
+
+    def forward(self, x, t, angle, mask):  # [B, N, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.attn_norm(t)
+        x = x + gate1 * self.attn(normalize(x) * (1 + scale1) + shift1, angle, mask)
+        return x + gate2 * self.ff(normalize(x) * (1 + scale2) + shift2)
+
+
+def normalize(x):
+    """LayerNorm without parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class DiT(Pretrained):
+    """Velocity field of the flow from noise to standardised latents, given prompt and text (F5-TTS, arXiv 2410.06885)."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.time_embed = TimeEmbedding(config.width)
+        self.text_embed = TextEmbedding(config)
+        self.input_embed = InputEmbedding(config)
+        self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.norm_out = Modulation(config.width, 2)
+        self.proj_out = nn.Linear(config.width, config.latent_dim)
+        head_dim = config.width // config.heads
+        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))  # of the VAE's latents, over the training split
+        self.register_buffer("latent_std", torch.ones(config.latent_dim))
+        # Zero AdaLN and output: at first every block is the identity, and the velocity 0. All else is PyTorch's default.
+        for linear in [self.norm_out.linear, self.proj_out] + [b.attn_norm.linear for b in self.transformer_blocks]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def standardize(self, z):
+        """The VAE's latents [..., D] → zero mean, unit variance a channel, as the DiT sees them."""
+        return (z - self.latent_mean) / self.latent_std
+
+    def destandardize(self, x):
+        return x * self.latent_std + self.latent_mean
+
+    def forward(self, x, prompt, text, t, lengths):
+        """Velocity [B, N, D] at time t [B] of noised latents x, prompt latents (zero elsewhere), both [B, N, D], and
+        text [B, N, text_dim] from `text_embed`. lengths [B] in frames: what lies behind is ignored and ignores."""
+        frame = torch.arange(x.shape[1], device=x.device)
+        inside = frame < lengths[:, None]  # [B, N]
+        angle = frame[:, None] * self.inv_freq  # [N, D/H/2]
+        t = self.time_embed(t)  # [B, D]
+        x = self.input_embed(x, prompt, text, inside[..., None])  # [B, N, D]
+        for block in self.transformer_blocks:
+            x = block(x, t, angle, inside[:, None, None])
+        scale, shift = self.norm_out(t)
+        return self.proj_out(normalize(x) * (1 + scale) + shift)  # [B, N, latent]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Flow matching (arXiv 2210.02747), as text-guided speech infilling (Voicebox, F5-TTS).
+
+
+def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text):
+    """Sum over the span's frames of the squared error (mean over features), and the number of those frames.
+
+    x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths [B];
+    drop_* [B] bool for classifier-free guidance. Returns two scalars, to be divided over the whole (global) batch."""
+    x_t = (1 - t)[:, None, None] * noise + t[:, None, None] * x  # the straight path from noise to data
+    prompt = x.masked_fill((span | drop_prompt[:, None])[..., None], 0)
+    embedded = dit.text_embed(text, lengths, x.shape[1], drop_text)
+    velocity = dit(x_t, prompt, embedded, t, lengths).float()
+    error = (velocity - (x - noise)).square().mean(-1)  # [B, N]
+    return (error * span).sum(), span.sum()
+
+
+@torch.no_grad()
+def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0, sway=-1.0, progress=lambda x: x):
+    """Integrate the flow by Euler's method from `noise` to latents, both [B, N, D] and standardised.
+
+    prompt [B, N, D] holds each prompt's latents in its first prompt_lengths frames; text [B, L] is prompt and target
+    text; lengths [B] prompt and target frames. Guidance: v + cfg · (v − v_unconditional). Sway: steps closer to the
+    noise where sway < 0 (F5-TTS, equation 7). `progress` wraps the steps. The prompt is written over the result."""
+    given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
+    prompt = prompt * given
+    keep, drop = torch.zeros_like(lengths, dtype=torch.bool), torch.ones_like(lengths, dtype=torch.bool)
+    embedded = dit.text_embed(text, lengths, noise.shape[1], keep)
+    if cfg:  # one batch of two: with and without prompt and text
+        embedded = torch.cat([embedded, dit.text_embed(text, lengths, noise.shape[1], drop)])
+        prompt_both, lengths = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([lengths, lengths])
+    t = torch.linspace(0, 1, steps + 1, device=noise.device)
+    t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
+    x = noise
+    for now, after in progress(list(zip(t[:-1], t[1:]))):
+        if cfg:
+            v, v_unconditional = dit(torch.cat([x, x]), prompt_both, embedded, now.expand(len(lengths)), lengths).float().chunk(2)
+            v = v + cfg * (v - v_unconditional)
+        else:
+            v = dit(x, prompt, embedded, now.expand(len(lengths)), lengths).float()
+        x = x + (after - now) * v
+    return torch.where(given, prompt, x)
