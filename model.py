@@ -428,6 +428,14 @@ class SemanticVAE(Pretrained):
         """Latents [B, N, D] → audio [B, samples], float32 within [-1, 1]; N · hop samples if not told."""
         return self.decoder(z.transpose(1, 2))[:, 0, :samples].float()  # [B, T]
 
+    def forward(self, wave, noise, features=None):
+        """One training pass: audio [B, T], noise [B, N, D], SSL features [B, S, ssl_dim] → reconstruction [B, T], sampled
+        latents z, mean, logvar, and (if there is a head) the target that z is to be aligned with, all [B, N, D]."""
+        mean, logvar = self.encode(wave)
+        z = mean + noise * (0.5 * logvar).exp()
+        target = self.projectors(features, z.shape[1]).float() if self.projectors else None
+        return self.decode(z, wave.shape[-1]), z, mean, logvar, target
+
     def content_hash(self) -> str:
         """Names these weights (less the alignment head, which no latent depends on) in 16 hex digits."""
         digest = hashlib.sha256(json.dumps(asdict(self.config) | {"ssl_dim": 0}).encode())

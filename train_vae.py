@@ -1,0 +1,497 @@
+"""Stage 1: train the Semantic-VAE on a prepared data folder.
+
+    python train_vae.py                                                    # the demo: minutes on two CPU cores
+    python train_vae.py --preset paper --data data/libritts --out runs/vae-libritts
+    torchrun --nproc_per_node 8 train_vae.py --preset paper --data ...     # the same training on 8 GPUs
+    python train_vae.py --resume --out runs/vae                            # go on exactly where it stopped
+
+The run folder holds model.safetensors + config.json (the EMA weights: all that sampling needs), state.pt (everything
+needed to go on), args.json, log.csv, and samples/ with the same validation clips after every evaluation.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import json
+import math
+import os
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchaudio
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
+from tqdm import tqdm
+
+from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, write_atomic
+from prepare import Data, barrier, cli, frame_count, start_ranks
+
+# --------------------------------------------------------------------------------------------------------------
+# Spectral distances. All in float32.
+
+
+def stft_magnitude(wave, window: int):
+    """[B, T] → [B, window / 2 + 1, frames]: periodic Hann window, hop of a quarter, centred with reflect padding."""
+    hann = torch.hann_window(window, device=wave.device)
+    return torch.stft(wave.float(), window, window // 4, window=hann, return_complex=True).abs()
+
+
+class MelDistance(nn.Module):
+    """L1 between log10 mel magnitudes at seven scales, summed (DAC's multi-scale mel loss)."""
+
+    def __init__(self, sample_rate: int):
+        super().__init__()
+        self.windows = [32 * 2**i for i in range(7)]
+        for i, window in enumerate(self.windows):
+            mels = 5 * 2**i
+            bank = slaney_filters(window, mels, sample_rate)
+            self.register_buffer(f"bank{i}", bank, persistent=False)
+
+    def scales(self, x, y) -> list[torch.Tensor]:
+        """[B, T] twice → one scalar a scale."""
+        log_mel = lambda wave, i, window: (self.get_buffer(f"bank{i}") @ stft_magnitude(wave, window)).clamp(min=1e-5).log10()
+        return [F.l1_loss(log_mel(x, i, window), log_mel(y, i, window)) for i, window in enumerate(self.windows)]
+
+    def forward(self, x, y):
+        return sum(self.scales(x, y))
+
+
+def slaney_filters(window: int, mels: int, sample_rate: int) -> torch.Tensor:
+    """[mels, window / 2 + 1]. Short windows leave some narrow filters empty, as in the reference: torchaudio's warning is dropped."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torchaudio.functional.melscale_fbanks(window // 2 + 1, 0, sample_rate / 2, mels, sample_rate, norm="slaney", mel_scale="slaney").T
+
+
+def stft_distance(x, y):
+    """Logged and evaluated, not trained on: L1 of log10 power plus L1 of magnitude, windows 2048 and 512."""
+    total = 0
+    for window in (2048, 512):
+        a, b = stft_magnitude(x, window), stft_magnitude(y, window)
+        total = total + F.l1_loss(a.clamp(min=1e-5).square().log10(), b.clamp(min=1e-5).square().log10()) + F.l1_loss(a, b)
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Discriminators (DAC): five look at the wave folded by a period, three at bands of a complex STFT.
+
+
+def conv2d(*args, activate=True, **kwargs) -> nn.Module:
+    layer = weight_norm(nn.Conv2d(*args, **kwargs))
+    return nn.Sequential(layer, nn.LeakyReLU(0.1)) if activate else layer
+
+
+class PeriodDiscriminator(nn.Module):
+    def __init__(self, period: int, width: float = 1.0):
+        super().__init__()
+        self.period = period
+        sizes = [1] + [max(4, int(c * width)) for c in (32, 128, 512, 1024, 1024)]
+        self.convs = nn.ModuleList(
+            conv2d(a, b, (5, 1), (3 if i < 4 else 1, 1), padding=(2, 0)) for i, (a, b) in enumerate(zip(sizes, sizes[1:])))
+        self.conv_post = conv2d(sizes[-1], 1, (3, 1), padding=(1, 0), activate=False)
+
+    def forward(self, wave):  # [B, T]
+        p = self.period
+        x = F.pad(wave[:, None], (0, p - wave.shape[-1] % p), mode="reflect")  # a whole period where nothing is missing
+        x = x.unflatten(-1, (-1, p))  # [B, 1, T/p, p]
+        maps = []
+        for layer in self.convs:
+            maps.append(x := layer(x))
+        return [*maps, self.conv_post(x)]
+
+
+class STFTDiscriminator(nn.Module):
+    EDGES = (0, 0.1, 0.25, 0.5, 0.75, 1)
+
+    def __init__(self, window: int, width: float = 1.0):
+        super().__init__()
+        self.window, c = window, max(4, int(32 * width))
+        self.bands = [(int(a * (window // 2 + 1)), int(b * (window // 2 + 1))) for a, b in zip(self.EDGES, self.EDGES[1:])]
+        wide = lambda inputs, stride: conv2d(inputs, c, (3, 9), (1, stride), padding=(1, 4))
+        self.band_convs = nn.ModuleList(
+            nn.ModuleList([wide(2, 1), wide(c, 2), wide(c, 2), wide(c, 2), conv2d(c, c, (3, 3), padding=(1, 1))]) for _ in self.bands)
+        self.conv_post = conv2d(c, 1, (3, 3), padding=(1, 1), activate=False)
+
+    def forward(self, wave):  # [B, T]
+        hop = self.window // 4
+        edge, more = (self.window - hop) // 2, -wave.shape[-1] % hop
+        wave = F.pad(wave[:, None], (edge, edge + more), mode="reflect")[:, 0]
+        spectrum = torch.stft(wave.float(), self.window, hop, window=torch.hann_window(self.window, device=wave.device), return_complex=True)
+        x = torch.view_as_real(spectrum[..., 2:-2]).permute(0, 3, 2, 1)  # [B, 2, frames, bins]
+        maps, ends = [], []
+        for (low, high), layers in zip(self.bands, self.band_convs):
+            band = x[..., low:high]
+            for layer in layers:
+                maps.append(band := layer(band))
+            ends.append(band)
+        return [*maps, self.conv_post(torch.cat(ends, dim=-1))]
+
+
+class Discriminators(nn.Module):
+    """All eight. Audio [B, T] → for each a list of feature maps, the last being its logits."""
+
+    def __init__(self, width: float = 1.0):
+        super().__init__()
+        self.discriminators = nn.ModuleList(
+            [PeriodDiscriminator(p, width) for p in (2, 3, 5, 7, 11)] + [STFTDiscriminator(w, width) for w in (2048, 1024, 512)])
+
+    def forward(self, wave):
+        wave = wave - wave.mean(-1, keepdim=True)
+        wave = 0.8 * wave / (wave.abs().amax(-1, keepdim=True) + 1e-9)
+        return [d(wave) for d in self.discriminators]
+
+
+def discriminator_loss(fake, real):
+    """Least squares (without ½), summed over the discriminators: real logits to 1, fake ones to 0."""
+    return sum(f[-1].float().square().mean() + (1 - r[-1].float()).square().mean() for f, r in zip(fake, real))
+
+
+def generator_losses(fake, real):
+    """(adversarial: fake logits to 1; feature matching: L1 to the real signal's maps), summed over the discriminators."""
+    adversarial = sum((1 - f[-1].float()).square().mean() for f in fake)
+    matching = sum(F.l1_loss(a.float(), b.float()) for f, r in zip(fake, real) for a, b in zip(f[:-1], r[:-1]))
+    return adversarial, matching
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Data: crop number k of the whole training is a pure function of (seed, k), whatever the ranks, workers and resumptions.
+
+
+class Crops(torch.utils.data.Dataset):
+    """Crops of the training clips, with the SSL frames of the same moments and the noise that will sample their latents."""
+
+    def __init__(self, data: Data, vae: VAEConfig, seconds: float, seed: int, with_ssl: bool):
+        self.data, self.latent_dim, self.seed, self.with_ssl, self.hop = data, vae.latent_dim, seed, with_ssl, vae.hop
+        self.clips = data.split("train")
+        if not self.clips:
+            raise InputError(f"{data.folder} holds no training clips")
+        # SSL frames a latent frame, 5/4 for 50 and 40 a second: crops start and end where both grids meet.
+        self.ratio = Fraction(data.meta["ssl"]["rate"]) * vae.hop / data.rate if with_ssl else Fraction(1)
+        self.grid = self.ratio.denominator
+        self.frames = round(seconds * data.rate / vae.hop / self.grid) * self.grid
+        if not self.frames:
+            raise InputError(f"--crop {seconds} is shorter than {self.grid} latent frames ({self.grid * vae.hop / data.rate} s)")
+
+    def order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))
+
+    def __getitem__(self, k: int):
+        epoch, position = divmod(k, len(self.clips))
+        clip, rng = self.clips[self.order(epoch)[position]], np.random.default_rng([self.seed, 1, k])
+        whole = frame_count(int(self.data.samples[clip]), self.data.rate, Fraction(self.data.rate, self.hop))
+        start = self.grid * int(rng.integers(0, max(0, whole - self.frames) // self.grid + 1))  # inside the clip where it is long enough
+        wave = self.data.get("audio", clip, start * self.hop, self.frames * self.hop)
+        item = dict(
+            wave=F.pad(wave, (0, self.frames * self.hop - len(wave))),  # [T]
+            noise=torch.from_numpy(rng.standard_normal((self.frames, self.latent_dim), dtype=np.float32)),  # [N, D]
+            valid=torch.arange(self.frames) < math.ceil(len(wave) / self.hop))  # [N]  # fmt: skip
+        if self.with_ssl:
+            count = int(self.frames * self.ratio)
+            features = self.data.get("ssl", clip, int(start * self.ratio), count)
+            item["ssl"] = torch.cat([features, features[-1:].expand(count - len(features), -1)])  # [S, ssl_dim]
+        return item
+
+
+def crop_loader(crops: Crops, first: int, last: int, per_step: int, micro: int, rank: int, world: int, workers: int):
+    """Micro-batches of this rank for steps first … last - 1; each step's crops are shared out in order."""
+    share = per_step // world
+    indices = [list(range(a, a + micro)) for step in range(first, last)
+               for a in range(step * per_step + rank * share, step * per_step + (rank + 1) * share, micro)]  # fmt: skip
+    return torch.utils.data.DataLoader(crops, batch_sampler=indices, num_workers=workers, pin_memory=torch.cuda.is_available())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The run: what both training scripts need around their loops.
+
+
+def read_args(parser: argparse.ArgumentParser, kind: str, argv=None) -> argparse.Namespace:
+    """Flags; below them what --resume finds in the run folder, or else the preset's settings."""
+    known, _ = parser.parse_known_args(argv)
+    saved = known.out / "args.json"
+    if known.resume:
+        if not saved.exists():
+            raise InputError(f"{known.out} holds no run to resume (no args.json)")
+        parser.set_defaults(**json.loads(saved.read_text(encoding="utf-8")))
+    else:
+        if (known.out / "state.pt").exists():
+            raise InputError(f"{known.out} already holds a run: add --resume to go on with it, or choose another --out")
+        parser.set_defaults(**PRESETS[known.preset][kind])
+    args = parser.parse_args(argv)
+    args.out, args.data = Path(args.out), Path(args.data)
+    return args
+
+
+def save_args(args) -> None:
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
+    write_atomic(args.out / "args.json", lambda p: p.write_text(json.dumps(values, indent=2), encoding="utf-8"))
+
+
+def load_state(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds for a missing, truncated or unsafe file
+        raise InputError(f"cannot resume from {path}: {str(e).splitlines()[0]}; choose another --out to begin anew") from e
+
+
+class Log:
+    """log.csv: one row a line of the log. Rows of steps that were lost with a crash are dropped when a run resumes."""
+
+    def __init__(self, path: Path, columns: list[str], step: int):
+        self.path, self.columns = path, columns
+        rows = list(csv.DictReader(open(path, encoding="utf-8"))) if step and path.exists() else []
+        text = "\n".join([",".join(columns), *(",".join(r[c] for c in columns) for r in rows if int(r["step"]) <= step)])
+        write_atomic(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+
+    def row(self, **values) -> None:
+        """Append a row and print it, without what is empty."""
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in values.items()}
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(",".join(shown.get(c, "") for c in self.columns) + "\n")
+        tqdm.write("  ".join(f"{k} {v}" for k, v in shown.items()))
+
+
+class Means:
+    """Running means of named scalars, kept on the device; read and reset once a log line, over all ranks."""
+
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, values: dict[str, torch.Tensor], weight: float = 1.0) -> None:
+        for k, v in values.items():
+            self.sums[k] = self.sums.get(k, 0) + v.detach() * weight
+
+    def read(self, count: int, world: int) -> dict[str, float]:
+        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in self.sums.values()])
+        if world > 1:
+            dist.all_reduce(stacked)
+        means = dict(zip(self.sums, (stacked / (count * world)).tolist()))
+        self.sums = {}
+        return means
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema ← d · ema + (1 − d) · model with d rising from 0 to `decay`, so that short runs are not stuck at their start."""
+    decay = min(decay, step / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def compiled(module: nn.Module, wanted: bool, *example):
+    """The module under torch.compile, tried on an example; itself, with a line that says why, if that fails."""
+    if not wanted:
+        return module
+    try:
+        fast = torch.compile(module, dynamic=False)
+        fast(*example)
+        return fast
+    except Exception as e:  # whatever the compiler raises, training can go on without it
+        tqdm.write(f"torch.compile cannot run here ({type(e).__name__}: {str(e).splitlines()[0][:120]}): training goes on eagerly")
+        return module
+
+
+def require_finite(norm: torch.Tensor, losses: dict, step: int) -> None:
+    if not torch.isfinite(norm):
+        bad = [k for k, v in losses.items() if not torch.isfinite(v)]
+        raise InputError(f"step {step}: the gradients are not finite (losses that are not: {', '.join(bad) or 'none'}): lower --lr and resume from the last checkpoint")
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(vae: SemanticVAE, data: Data, clips: list[int], mel: MelDistance, device, folder: Path, step: int) -> dict:
+    """Mean mel and STFT distance of whole validation clips, reconstructed from the posterior's mean and written as wav files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    totals = dict(valid_mel=0.0, valid_stft=0.0)
+    for n, clip in enumerate(clips):
+        wave = data.get("audio", clip)[None].to(device)
+        again = vae.decode(vae.encode(wave)[0], wave.shape[-1])
+        totals["valid_mel"] += mel(again, wave).item() / len(clips)
+        totals["valid_stft"] += stft_distance(again, wave).item() / len(clips)
+        if n < 4:
+            sf.write(folder / f"{n}_original.wav", wave[0].cpu().numpy(), data.rate)
+            sf.write(folder / f"{n}_step{step:07d}.wav", again[0].cpu().numpy(), data.rate)
+    return totals
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="settings below, and the network's size (default %(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/vae"), help="run folder (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
+    parser.add_argument("--init", help="start from the weights of this VAE (folder or hub id), to fine-tune it")
+    parser.add_argument("--latent-dim", type=int, help="dimensions of the latent (paper: 64; its baselines: 16 and 64)")
+    parser.add_argument("--align-weight", type=float, default=1, help="0 trains a vanilla VAE, without SSL features (default %(default)s)")
+    parser.add_argument("--mel-weight", type=float, default=15, help="default %(default)s")
+    parser.add_argument("--adv-weight", type=float, default=1, help="0 trains without discriminators (default %(default)s)")
+    parser.add_argument("--feature-weight", type=float, default=2, help="feature matching (default %(default)s)")
+    parser.add_argument("--kl-weight", type=float, default=0.01, help="default %(default)s")
+    parser.add_argument("--adv-start", type=int, default=0, help="first step with discriminators (default %(default)s)")
+    parser.add_argument("--disc-width", type=float, default=1, help="channels of the discriminators, relative to the paper's (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=600_000, help="updates (default %(default)s)")
+    parser.add_argument("--batch-seconds", type=float, default=192, help="audio in one update, over all ranks (default %(default)s)")
+    parser.add_argument("--crop", type=float, default=3, help="seconds of a training crop (default %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="crops a rank handles at once: lower it if memory runs out (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of both optimisers, whatever the number of ranks (default %(default)s)")
+    parser.add_argument("--lr-decay", type=float, default=0.999996, help="factor a step (default %(default)s)")
+    parser.add_argument("--clip", type=float, default=10, help="largest gradient norm, of both networks (default %(default)s)")
+    parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
+    parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
+    parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
+    parser.add_argument("--eval-clips", type=int, default=16, help="validation clips (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    return read_args(parser, "train_vae", argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = start_ranks()
+    with_ssl = args.align_weight > 0
+    data = Data(args.data, ("audio", "ssl") if with_ssl else ("audio",))
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    # ---- networks and optimisers
+    if args.init:
+        vae = SemanticVAE.from_pretrained(args.init).train()
+        if with_ssl and vae.config.ssl_dim != data.meta["ssl"]["dim"]:
+            raise InputError(f"{args.init} was aligned with features of width {vae.config.ssl_dim}, {args.data} holds width {data.meta['ssl']['dim']}")
+    else:
+        settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=data.meta["ssl"]["dim"] if with_ssl else 0)
+        vae = SemanticVAE(VAEConfig(**settings | ({"latent_dim": args.latent_dim} if args.latent_dim else {})))
+    if vae.config.sample_rate != data.rate:
+        raise InputError(f"the VAE works at {vae.config.sample_rate} Hz, {args.data} holds {data.rate} Hz")
+    vae.to(device)
+    discriminators, mel = Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
+    optimizer, optimizer_d = (torch.optim.AdamW(m.parameters(), lr=args.lr, betas=(0.8, 0.99), fused=device.type == "cuda") for m in (vae, discriminators))
+    ema, first = copy.deepcopy(vae).eval().requires_grad_(False), 0
+    if args.resume:
+        state = load_state(args.out / "state.pt")
+        for module, name in ((vae, "vae"), (ema, "ema"), (discriminators, "discriminators"), (optimizer, "optimizer"), (optimizer_d, "optimizer_d")):
+            module.load_state_dict(state[name])
+        first = state["step"]
+
+    # ---- the global batch, shared between ranks and micro-batches
+    crops = Crops(data, vae.config, args.crop, args.seed, with_ssl)
+    seconds = crops.frames * vae.config.hop / data.rate
+    per_step = max(1, round(args.batch_seconds / seconds))
+    if per_step % world:
+        raise InputError(f"--batch-seconds {args.batch_seconds} is {per_step} crops of {seconds} s, which {world} ranks cannot share evenly")
+    micro = math.gcd(per_step // world, args.micro_batch) if (per_step // world) % args.micro_batch else args.micro_batch
+    accumulate = per_step // world // micro
+    loader = iter(crop_loader(crops, first, args.steps, per_step, micro, rank, world, args.workers))
+    weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
+
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        save_args(args)
+        columns = ["step", "loss", *weights, "wave", "disc", "grad", "grad_d", "lr", "seconds", "valid_mel", "valid_stft"]
+        log = Log(args.out / "log.csv", columns, first)
+        count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M"
+        print(f"{device}, {world} rank(s); VAE {count(vae)}, discriminators {count(discriminators)} parameters; {len(crops.clips)} clips, {data.meta['hours']} h; "
+              f"a step is {per_step} crops of {seconds} s: {world} x {accumulate} x {micro}")  # fmt: skip
+
+    # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    with autocast():
+        example = torch.zeros(micro, crops.frames * vae.config.hop, device=device)
+        noise = torch.zeros(micro, crops.frames, vae.config.latent_dim, device=device)
+        ssl = torch.zeros(micro, int(crops.frames * crops.ratio), vae.config.ssl_dim, device=device) if with_ssl else None
+        fast_vae, fast_d = compiled(vae, args.compile, example, noise, ssl), compiled(discriminators, args.compile, example)
+    wrap = lambda m: DistributedDataParallel(m, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else m
+    fast_vae, ddp_d = wrap(fast_vae), wrap(fast_d)
+    hold = lambda module, last: contextlib.nullcontext() if last or world == 1 else module.no_sync()
+
+    def forward(batch):
+        with autocast():
+            return fast_vae(batch["wave"], batch["noise"], batch.get("ssl"))
+
+    means, start, clips = Means(), time.time(), data.split("valid")[: args.eval_clips]
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="vae")
+    for step in bar:
+        rate = args.lr * args.lr_decay**step  # pure functions of the step: resuming needs no scheduler state
+        for group in optimizer.param_groups + optimizer_d.param_groups:
+            group["lr"] = rate
+        adversarial = args.adv_weight > 0 and step >= args.adv_start
+        batches = [{k: v.to(device, non_blocking=True) for k, v in next(loader).items()} for _ in range(accumulate)]
+        # One micro-batch: its forward pass serves both steps. Several: the fakes for the discriminators are made first, without a graph.
+        outputs = [forward(batches[0])] if accumulate == 1 else None
+
+        # ---- discriminator step: real and fake in one batch
+        if adversarial:
+            for i, batch in enumerate(batches):
+                with torch.no_grad() if outputs is None else contextlib.nullcontext():
+                    fake = (forward(batch) if outputs is None else outputs[i])[0].detach()
+                with hold(ddp_d, i == accumulate - 1):
+                    with autocast():
+                        both = ddp_d(torch.cat([fake, batch["wave"]]))
+                    fake_maps, real_maps = ([[m.chunk(2)[side] for m in maps] for maps in both] for side in (0, 1))
+                    loss_d = discriminator_loss(fake_maps, real_maps)
+                    (loss_d / accumulate).backward()
+                means.add({"disc": loss_d}, 1 / accumulate)
+            norm_d = nn.utils.clip_grad_norm_(discriminators.parameters(), args.clip)
+            require_finite(norm_d, {"disc": loss_d}, step)
+            optimizer_d.step()
+            optimizer_d.zero_grad(set_to_none=True)
+            means.add({"grad_d": norm_d})
+
+        # ---- generator step: no gradient for the discriminators' weights, none through the real signal
+        discriminators.requires_grad_(False)
+        for i, batch in enumerate(batches):
+            with hold(fast_vae, i == accumulate - 1):
+                wave, (again, z, mean, logvar, target) = batch["wave"], outputs[0] if outputs else forward(batch)
+                losses = dict(mel=mel(again, wave), kl=kl_loss(mean, logvar))
+                if with_ssl:
+                    losses["align"] = alignment_loss(z, target, batch["valid"])
+                if adversarial:
+                    with autocast():
+                        with torch.no_grad():
+                            real_maps = fast_d(wave)
+                        losses["adv"], losses["feature"] = generator_losses(fast_d(again), real_maps)
+                loss = sum(weights[k] * v for k, v in losses.items())
+                (loss / accumulate).backward()
+            means.add({"loss": loss, **losses, "wave": F.l1_loss(again.detach(), wave)}, 1 / accumulate)
+        discriminators.requires_grad_(True)
+        norm = nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
+        require_finite(norm, losses, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, vae, args.ema, step)
+        means.add({"grad": norm})
+
+        # ---- log, evaluate, save
+        done, last = step + 1, step + 1 == args.steps
+        logging, evaluating = done % args.log_every == 0 or last, done % args.eval_every == 0 or last
+        if logging:
+            since = (done - first - 1) % args.log_every + 1 if done - first < args.log_every else ((done - 1) % args.log_every) + 1
+            row = means.read(since, world)
+        if evaluating and rank == 0:
+            scores = evaluate(ema, data, clips, mel, device, args.out / "samples", done)
+            state = dict(step=done, vae=vae.state_dict(), ema=ema.state_dict(), discriminators=discriminators.state_dict(),
+                         optimizer=optimizer.state_dict(), optimizer_d=optimizer_d.state_dict())  # fmt: skip
+            notes = dict(data=data.meta["sources"], ssl=data.meta["ssl"] if with_ssl else None, step=done)
+            ema.save_pretrained(args.out, **notes)
+            write_atomic(args.out / "state.pt", lambda p: torch.save(state, p))
+        if rank == 0 and (logging or evaluating):
+            log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
+            bar.set_postfix(loss=f"{loss.item():.3f}", audio=f"{per_step * seconds * (done - first) / (time.time() - start):.0f} s/s")
+    barrier()
+    if rank == 0:
+        print(f"{args.out}: {args.steps} steps; its weights are named {ema.content_hash()}")
+
+
+if __name__ == "__main__":
+    cli(main)
