@@ -82,11 +82,11 @@ class DiTConfig:
 # Training settings use the flags' names. "paper" is the paper's; "demo" runs on two CPU cores in minutes.
 PRESETS = {
     "demo": dict(
-        vae=dict(encoder_dim=16, latent_dim=16, decoder_dim=128, resblock_kernels=(3, 7)),
-        train_vae=dict(steps=400, lr=1e-3, crop=0.8, batch_seconds=6.4, micro_batch=8, adv_start=300, disc_width=0.125,
-                       lr_decay=0.998, ema=0.99, eval_every=200, log_every=20),
+        vae=dict(encoder_dim=12, latent_dim=16, decoder_dim=96, resblock_kernels=(7,)),
+        train_vae=dict(steps=300, lr=1e-3, crop=0.6, batch_seconds=4.8, micro_batch=8, adv_start=250, disc_width=0.0625,
+                       lr_decay=0.998, ema=0.98, eval_every=150, eval_clips=4, log_every=10),
         dit=dict(width=192, depth=6, heads=3, text_dim=96, text_layers=2, text_upsample=True),
-        train_tts=dict(steps=400, lr=1e-3, warmup=40, batch_seconds=32, micro_seconds=32, ema=0.99, eval_every=200, log_every=20),
+        train_tts=dict(steps=300, lr=1e-3, warmup=30, join=2, batch_seconds=40, micro_seconds=80, ema=0.98, eval_every=150, log_every=10),
     ),
     "small": dict(
         vae=dict(encoder_dim=32, decoder_dim=512),
@@ -316,18 +316,26 @@ def lowpass(taps: int = 12) -> torch.Tensor:
 
 
 class AntiAliasedSnake(nn.Module):
-    """SnakeBeta at twice the rate, so that the harmonics it adds are filtered out before they alias (BigVGAN, 3.2)."""
+    """SnakeBeta at twice the rate, so that the harmonics it adds are filtered out before they alias (BigVGAN, 3.2).
+
+    Resampling by two with 12 taps is two stencils. The 2x signal's even and odd phases are 6-tap sums of shifted inputs;
+    each output is a 12-tap sum over both phases. Nothing at twice the rate is ever laid out in memory, and a compiler fuses
+    it all. tests/test_model.py holds the convolution form that this equals."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.act = SnakeBeta(channels)
-        self.register_buffer("filter", lowpass(), persistent=False)
+        self.taps = lowpass().flatten().tolist()
 
     def forward(self, x):  # [B, C, N]
-        channels = x.shape[1]
-        filter = self.filter.to(x.dtype).expand(channels, -1, -1)  # one depthwise filter for all channels
-        x = 2 * F.conv_transpose1d(F.pad(x, (5, 5), "replicate"), filter, stride=2, groups=channels)[..., 15:-15]  # [B, C, 2N]
-        return F.conv1d(F.pad(self.act(x), (5, 6), "replicate"), filter, stride=2, groups=channels)  # [B, C, N]
+        n, f = x.shape[-1], self.taps
+        x = F.pad(x, (3, 3), "replicate")
+        even = self.act(sum(2 * f[11 - 2 * i] * x[..., i : i + n] for i in range(6)))  # [B, C, N]
+        odd = self.act(sum(2 * f[10 - 2 * i] * x[..., i + 1 : i + 1 + n] for i in range(6)))  # [B, C, N]
+        first, last = even[..., :1], odd[..., -1:]  # the 2x signal's ends, replicated
+        even = torch.cat([first, first, even, last, last, last], dim=-1)
+        odd = torch.cat([first, first, first, odd, last, last], dim=-1)
+        return sum(f[2 * i + 1] * even[..., i : i + n] + f[2 * i] * odd[..., i : i + n] for i in range(6))
 
 
 class AMPBlock(nn.Module):

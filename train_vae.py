@@ -264,19 +264,18 @@ class Means:
     """Running means of named scalars, kept on the device; read and reset once a log line, over all ranks."""
 
     def __init__(self):
-        self.sums, self.count = {}, 0
+        self.values = {}
 
-    def add(self, values: dict[str, torch.Tensor], weight: float = 1.0) -> None:
+    def add(self, values: dict[str, torch.Tensor]) -> None:
         for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0) + v.detach() * weight
+            self.values.setdefault(k, []).append(v.detach())
 
-    def read(self, count: int, world: int) -> dict[str, float]:
-        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in self.sums.values()])
+    def read(self, world: int) -> dict[str, float]:
+        means = torch.stack([torch.stack(v).mean() for v in self.values.values()])
         if world > 1:
-            dist.all_reduce(stacked)
-        means = dict(zip(self.sums, (stacked / (count * world)).tolist()))
-        self.sums = {}
-        return means
+            dist.all_reduce(means)
+        names, self.values = list(self.values), {}
+        return dict(zip(names, (means / world).tolist()))
 
 
 @torch.no_grad()
@@ -286,12 +285,12 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def compiled(module: nn.Module, wanted: bool, *example):
+def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
     """The module under torch.compile, tried on an example; itself, with a line that says why, if that fails."""
     if not wanted:
         return module
     try:
-        fast = torch.compile(module, dynamic=False)
+        fast = torch.compile(module, dynamic=dynamic)
         fast(*example)
         return fast
     except Exception as e:  # whatever the compiler raises, training can go on without it
@@ -441,7 +440,7 @@ def main(argv=None):
                     fake_maps, real_maps = ([[m.chunk(2)[side] for m in maps] for maps in both] for side in (0, 1))
                     loss_d = discriminator_loss(fake_maps, real_maps)
                     (loss_d / accumulate).backward()
-                means.add({"disc": loss_d}, 1 / accumulate)
+                means.add({"disc": loss_d})
             norm_d = nn.utils.clip_grad_norm_(discriminators.parameters(), args.clip)
             require_finite(norm_d, {"disc": loss_d}, step)
             optimizer_d.step()
@@ -463,7 +462,7 @@ def main(argv=None):
                         losses["adv"], losses["feature"] = generator_losses(fast_d(again), real_maps)
                 loss = sum(weights[k] * v for k, v in losses.items())
                 (loss / accumulate).backward()
-            means.add({"loss": loss, **losses, "wave": F.l1_loss(again.detach(), wave)}, 1 / accumulate)
+            means.add({"loss": loss, **losses, "wave": F.l1_loss(again.detach(), wave)})
         discriminators.requires_grad_(True)
         norm = nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
         require_finite(norm, losses, step)
@@ -476,8 +475,7 @@ def main(argv=None):
         done, last = step + 1, step + 1 == args.steps
         logging, evaluating = done % args.log_every == 0 or last, done % args.eval_every == 0 or last
         if logging:
-            since = (done - first - 1) % args.log_every + 1 if done - first < args.log_every else ((done - 1) % args.log_every) + 1
-            row = means.read(since, world)
+            row = means.read(world)
         if evaluating and rank == 0:
             scores = evaluate(ema, data, clips, mel, device, args.out / "samples", done)
             state = dict(step=done, vae=vae.state_dict(), ema=ema.state_dict(), discriminators=discriminators.state_dict(),

@@ -183,7 +183,7 @@ def fit(model, optimizer, total, loss_of, clips, args, log):
     if resume.exists():
         saved = torch.load(resume, weights_only=True)
         model.load_state_dict(saved["model"]), optimizer.load_state_dict(saved["optimizer"])
-        ema, step = saved["ema"], saved["step"]
+        ema, step = [e.detach() for e in saved["ema"]], saved["step"]
         rng.seed(args.seed + step), torch.manual_seed(args.seed + step)
     queue = []
     while step < total:
@@ -199,7 +199,7 @@ def fit(model, optimizer, total, loss_of, clips, args, log):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if torch.isfinite(norm):
             optimizer.step()
-        torch._foreach_lerp_(ema, list(model.parameters()), 0.002 if step > 500 else 0.05)
+        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 0.002 if step > 500 else 0.05)
         step += 1
         mean = loss.item() if step == 1 else 0.98 * mean + 0.02 * loss.item()
         if step % 50 == 0:

@@ -1,0 +1,259 @@
+"""Word error rate and speaker similarity of recordings, reconstructions and synthesised speech.
+
+    python evaluate.py                                                     # the demo's table
+    python evaluate.py --list LST --audio LibriSpeech/test-clean --generated runs/samples \\
+        --asr openai/whisper-large-v3 --sim microsoft/wavlm-base-plus-sv   # any Hugging Face models
+    python evaluate.py --list LST --audio ... --reconstruct runs/vae       # the VAE's encode-decode, with mel and STFT distance
+    torchrun --nproc_per_node 8 evaluate.py ...                            # shared between 8 GPUs
+
+Every row of the table has the mean of per-utterance WERs (the papers' score), the corpus WER, and SIM to the prompt. The
+signature line below it names all that the numbers depend on: without it they mean nothing.
+"""
+
+import argparse
+import csv
+import io
+import json
+import string
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchaudio
+from tqdm import tqdm
+
+from model import InputError, SemanticVAE, write_atomic
+from prepare import DEMO, cli, read_audio, start_ranks, weights_hash
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a LibriSpeech-PC list: say `text`, in the voice of recording `ref`."""
+
+    ref: str
+    ref_seconds: float
+    ref_text: str
+    gen: str  # the recording in which the same voice really says it
+    gen_seconds: float
+    text: str
+
+    @property
+    def wav(self) -> str:
+        """File name of the synthesised speech."""
+        return Path(self.gen).stem + ".wav"
+
+
+def read_list(path: Path) -> list[Line]:
+    """ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated, as F5-TTS publishes it."""
+    if not path.is_file():
+        raise InputError(f"no list {path}")
+    try:
+        rows = [row.split("\t") for row in path.read_text(encoding="utf-8-sig").splitlines() if row.strip()]
+        lines = [Line(ref, float(a), ref_text.strip(), gen, float(b), text.strip()) for ref, a, ref_text, gen, b, text in rows]
+    except (UnicodeDecodeError, ValueError) as e:
+        raise InputError(f"{path} is not a list of six tab-separated columns ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text: {e}") from e
+    twice = {line.wav for line in lines if sum(other.wav == line.wav for other in lines) > 1} if len(lines) < 5000 else set()
+    if twice or not lines:
+        raise InputError(f"{path} has {f'two lines for {min(twice)}' if twice else 'no lines'}")
+    return lines
+
+
+def find_audio(root: Path, name: str) -> Path:
+    """The recording `name`: a path below `root`, or a LibriSpeech id (SPEAKER-CHAPTER-NUMBER) in its layout."""
+    speaker, chapter = (name.split("-") + [""])[:2]
+    places = [root / name, *(root / speaker / chapter / f"{name}.{suffix}" for suffix in ("flac", "wav")), root / f"{name}.wav"]
+    for place in places:
+        if place.is_file():
+            return place
+    raise InputError(f"no recording {name} in {root} (looked for {places[0].name} and {places[1].relative_to(root)})")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The scores.
+
+
+def normalize(text: str) -> str:
+    """The seed-tts-eval rule: every punctuation character removed (apostrophes too), single spaces, lower case."""
+    kept = (c for c in text if c not in string.punctuation and unicodedata.category(c)[0] != "P")
+    return " ".join("".join(kept).split()).lower()
+
+
+def error_rates(references: list[str], hypotheses: list[str]) -> dict[str, float]:
+    """{cer, wer} over all pairs together, after normalisation."""
+    references, hypotheses = [normalize(t) for t in references], [normalize(t) for t in hypotheses]
+    return dict(cer=jiwer.cer(references, hypotheses), wer=jiwer.wer(references, hypotheses))
+
+
+def identity(name: str, config) -> str:
+    """NAME@REVISION of a hub model, FOLDER@sha256:… of a local one."""
+    local = Path(name).is_dir()
+    return f"{Path(name).name if local else name}@{weights_hash(Path(name)) if local else config._commit_hash}"
+
+
+def from_hub(what: str, name: str, loaders):
+    """Load with each of transformers' Auto classes in turn; failing is an InputError that says what was asked for."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return [load.from_pretrained(name) for load in loaders]
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}") from e
+
+
+class Recognizer:
+    """A Hugging Face speech recogniser, Whisper or CTC, by id or folder."""
+
+    def __init__(self, name: str, device):
+        from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoTokenizer
+
+        (config,) = from_hub("recogniser", name, [AutoConfig])
+        self.whisper = config.model_type == "whisper"
+        model = AutoModelForSpeechSeq2Seq if self.whisper else AutoModelForCTC
+        model, self.extractor, self.tokenizer = from_hub("recogniser", name, [model, AutoFeatureExtractor, AutoTokenizer])
+        self.model, self.device = model.to(device).eval(), device
+        self.identity = identity(name, config)
+
+    @torch.no_grad()
+    def __call__(self, wave: np.ndarray, rate: int = 16000) -> str:
+        """float32 audio [T] → text; Whisper by beam search of width 5, in English."""
+        wanted = self.extractor.sampling_rate
+        if rate != wanted:
+            wave = torchaudio.functional.resample(torch.from_numpy(wave), rate, wanted).numpy()
+        inputs = self.extractor(wave, sampling_rate=wanted, return_tensors="pt").to(self.device)
+        if self.whisper:
+            english = {} if self.model.generation_config.to_dict().get("is_multilingual") is False else dict(language="en", task="transcribe")
+            ids = self.model.generate(inputs.input_features, num_beams=5, **english)[0]
+        else:
+            ids = self.model(**inputs).logits[0].argmax(-1)
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+class SpeakerModel:
+    """A Hugging Face x-vector model, by id or folder. Its similarity is the cosine of two recordings' embeddings."""
+
+    def __init__(self, name: str, device):
+        from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioXVector
+
+        config, self.extractor, model = from_hub("speaker model", name, [AutoConfig, AutoFeatureExtractor, AutoModelForAudioXVector])
+        self.model, self.device, self.identity = model.to(device).eval(), device, identity(name, config)
+
+    @torch.no_grad()
+    def __call__(self, wave: np.ndarray, rate: int = 16000) -> np.ndarray:
+        """float32 audio [T] → unit vector."""
+        wanted = self.extractor.sampling_rate
+        if rate != wanted:
+            wave = torchaudio.functional.resample(torch.from_numpy(wave), rate, wanted).numpy()
+        inputs = self.extractor(wave, sampling_rate=wanted, return_tensors="pt").to(self.device)
+        vector = self.model(inputs.input_values).embeddings[0].cpu().numpy()
+        return vector / np.linalg.norm(vector)
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
+def reconstructor(folder: str, device):
+    """(function wave → (decoded posterior mean, mel distance, STFT distance), its sample rate, its name)."""
+    from train_vae import MelDistance, stft_distance
+
+    vae = SemanticVAE.from_pretrained(folder).to(device)
+    mel = MelDistance(vae.config.sample_rate).to(device)
+
+    @torch.no_grad()
+    def reconstruct(wave):
+        x = torch.from_numpy(wave)[None].to(device)
+        y = vae.decode(vae.encode(x)[0], x.shape[-1])
+        return y[0].cpu().numpy(), mel(y, x).item(), stft_distance(y, x).item()
+
+    return reconstruct, vae.config.sample_rate, vae.content_hash()
+
+
+def score(system: str, lines: list[Line], args, asr, sim, rebuild, device, rank: int, world: int) -> list[dict]:
+    """One record an utterance. A missing wav was found before; nothing is ever left out of the mean."""
+    records = []
+    for line in tqdm(lines[rank::world], desc=system, disable=rank > 0):
+        rate, extra = 16000, {}
+        prompt = sim(read_audio(find_audio(args.audio, line.ref), rate))
+        if system == "synthesis":
+            wave = read_audio(args.generated / line.wav, rate)
+        else:
+            wave = read_audio(find_audio(args.audio, line.gen), rate)
+        if system == "reconstruction":
+            reconstruct, vae_rate, _ = rebuild
+            wave, mel, stft = reconstruct(wave if vae_rate == rate else read_audio(find_audio(args.audio, line.gen), vae_rate))
+            wave = torchaudio.functional.resample(torch.from_numpy(wave), vae_rate, rate).numpy()
+            extra = dict(mel=mel, stft=stft)
+        if not np.isfinite(wave).all():
+            raise InputError(f"{line.wav} holds non-finite samples")
+        hypothesis = asr(wave, rate)
+        reference = normalize(line.text)
+        if not reference:
+            raise InputError(f"the text of {line.gen} is empty once punctuation is removed")
+        records.append(dict(system=system, utterance=line.gen, wer=jiwer.wer(reference, normalize(hypothesis)), sim=float(sim(wave, rate) @ prompt),
+                            **extra, reference=line.text, hypothesis=hypothesis))  # fmt: skip
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, records)
+        records = [r for part in gathered for r in part]
+    return sorted(records, key=lambda r: r["utterance"])
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", type=Path, help="what was said: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated (default: the demo's)")
+    parser.add_argument("--audio", type=Path, help="where the list's recordings are (default: beside the list)")
+    parser.add_argument("--generated", type=Path, help="folder of sample.py --list: adds the row \"synthesis\"")
+    parser.add_argument("--reconstruct", metavar="VAE", help="run folder or hub id of a VAE: adds the row \"reconstruction\"")
+    parser.add_argument("--no-original", action="store_true", help="leave out the row \"original\"")
+    parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser: hub id or folder, Whisper or CTC (default: the demo's; the paper's is openai/whisper-large-v3)")
+    parser.add_argument("--sim", default=str(DEMO / "sv"), help="x-vector speaker model: hub id or folder (default: the demo's)")
+    parser.add_argument("--limit", type=int, help="at most so many lines of the list")
+    parser.add_argument("--out", type=Path, default=Path("runs/scores.csv"), help="one line an utterance (default %(default)s)")
+    args = parser.parse_args(argv)
+    if not args.list:  # the demo's table
+        args.list = DEMO / "corpus" / "test.lst"
+        args.generated, args.reconstruct = args.generated or Path("runs/samples"), args.reconstruct or "runs/vae"
+    args.audio = args.audio or args.list.parent
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = start_ranks()
+    lines = read_list(args.list)[: args.limit]
+    rebuild = reconstructor(args.reconstruct, device) if args.reconstruct else None
+    systems = [name for name, wanted in (("original", not args.no_original), ("reconstruction", rebuild), ("synthesis", args.generated)) if wanted]
+    missing = [line.wav for line in lines if args.generated and not (args.generated / line.wav).is_file()]
+    if missing:
+        raise InputError(f"{args.generated} lacks {len(missing)} of {len(lines)} wavs, the first {missing[0]}: run python sample.py --list {args.list} --out {args.generated}")
+    for line in lines:  # all recordings, before an hour is spent
+        find_audio(args.audio, line.ref), find_audio(args.audio, line.gen) if systems[0] != "synthesis" else None
+    asr, sim = Recognizer(args.asr, device), SpeakerModel(args.sim, device)
+    records = [r for system in systems for r in score(system, lines, args, asr, sim, rebuild, device, rank, world)]
+    if rank > 0:
+        return
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["system", "utterance", "wer", "sim", "mel", "stft", "reference", "hypothesis"], restval="", lineterminator="\n")
+    writer.writeheader(), writer.writerows(records)
+    write_atomic(args.out, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+    print(f"{'system':<16}{'WER %':>8}{'corpus WER %':>14}{'SIM':>8}{'mel':>8}{'STFT':>8}")
+    for system in systems:
+        rows = [r for r in records if r["system"] == system]
+        corpus = error_rates([r["reference"] for r in rows], [r["hypothesis"] for r in rows])["wer"]
+        mean = lambda key: np.mean([r[key] for r in rows]) if key in rows[0] else None
+        distances = "".join(f"{mean(key):8.3f}" if mean(key) is not None else f"{'':8}" for key in ("mel", "stft"))
+        print(f"{system:<16}{100 * mean('wer'):8.2f}{100 * corpus:14.2f}{mean('sim'):8.3f}{distances}")
+    stamp = args.generated / "settings.json" if args.generated else None
+    made = json.loads(stamp.read_text(encoding="utf-8")) if stamp and stamp.exists() else {}
+    how = "".join(f" {k}={made[k]}" for k in ("seed", "steps", "cfg", "sway", "speed") if k in made) or (" seed=? steps=? cfg=?" if args.generated else "")
+    print(f"signature: list={args.list.name} n={len(lines)} asr={asr.identity} sim={sim.identity} normalizer=seed-tts-eval "
+          f"wer=utterance-mean{f' vae={rebuild[2]}' if rebuild else ''}{how}; each utterance in {args.out}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli(main)

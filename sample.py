@@ -1,0 +1,265 @@
+"""Speak any text in the voice of a reference recording.
+
+    python sample.py                                                        # the demo's voice, the demo's sentence
+    python sample.py --tts runs/tts --ref voice.wav --ref-text "What it says." --text "What it shall say." --out said.wav
+    python sample.py --list demo/corpus/test.lst --out runs/samples         # many, in batches; skips what is done
+    torchrun --nproc_per_node 8 sample.py --list ...                        # shared between 8 GPUs
+
+Without --ref-text the prompt is transcribed with --asr. Long text is split at sentence ends, so that prompt and piece
+together stay within the length the model was trained on; the pieces are joined with a short cross-fade.
+"""
+
+import argparse
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+from tqdm import tqdm
+
+from evaluate import Recognizer, find_audio, read_list
+from evaluate import error_rates as asr_error
+from model import DiT, InputError, SemanticVAE, local_folder, sample, write_atomic
+from prepare import DEMO, barrier, cli, normalize_text, read_audio, start_ranks
+
+
+@dataclass
+class Request:
+    """What to say and in whose voice."""
+
+    prompt: np.ndarray  # float32 [T] at the model's rate
+    prompt_text: str  # what the prompt says
+    text: str  # what to say
+    seconds: float | None = None  # how long; None: at the prompt's rate
+    name: str = ""
+
+
+def to_bytes(text: str) -> torch.Tensor:
+    """UTF-8 bytes as symbols [L]: any language, nothing out of vocabulary."""
+    return torch.tensor(list(text.encode("utf-8")), dtype=torch.long)
+
+
+def target_frames(prompt_frames: int, request: Request, frame_rate: float, speed: float = 1.0) -> int:
+    """Frames of prompt and target: the target takes as long a byte as the prompt did. Never fewer frames than symbols."""
+    prompt_bytes, target_bytes = (len(t.encode("utf-8")) for t in (request.prompt_text + " ", request.text))
+    target = round(request.seconds * frame_rate) if request.seconds else int(prompt_frames * target_bytes / prompt_bytes / speed)
+    return max(prompt_frames + target, prompt_frames + 1, prompt_bytes + target_bytes + 1)
+
+
+def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
+    """The DiT, the VAE whose latents it speaks in (refused if its hash is another's), and the DiT's config.json."""
+    folder = local_folder(tts)
+    dit = DiT.from_pretrained(folder).to(device)
+    notes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    vae = vae or notes.get("vae")
+    if not vae:
+        raise InputError(f"{tts} does not say where its VAE is: name it with --vae")
+    vae = folder / vae if (folder / vae).is_dir() else vae
+    decoder = SemanticVAE.from_pretrained(vae).to(device)
+    if decoder.content_hash() != dit.config.vae_hash:
+        raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is {decoder.content_hash()}: name the right one with --vae")
+    return dit, decoder, notes
+
+
+@torch.no_grad()
+def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8, progress=lambda x: x) -> list[np.ndarray]:
+    """float32 audio of each request's text alone, in order. What one gets does not depend on its batch: noise is drawn on
+    the CPU from (seed, text), so a seed gives the same clip anywhere. Non-finite or silent output is an InputError."""
+    device, config = dit.latent_mean.device, dit.config
+    prompts = [dit.standardize(vae.encode(torch.from_numpy(r.prompt)[None].to(device))[0])[0] for r in requests]  # each [P, D]
+    totals = [target_frames(len(p), r, config.sample_rate / config.hop, speed) for p, r in zip(prompts, requests)]
+    waves = [None] * len(requests)
+    order = sorted(range(len(requests)), key=lambda i: totals[i])
+    for batch in progress([order[i : i + batch_size] for i in range(0, len(order), batch_size)]):
+        draw = lambda i: torch.randn(totals[i], config.latent_dim, generator=torch.Generator().manual_seed(seed * 1_000_003 + len(requests[i].text)))
+        pad = lambda tensors, value=0.0: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+        noise, text = pad([draw(i) for i in batch]), pad([to_bytes(f"{requests[i].prompt_text} {requests[i].text}") for i in batch], -1)
+        prompt = torch.zeros_like(noise)
+        for row, i in enumerate(batch):
+            prompt[row, : len(prompts[i])] = prompts[i]
+        lengths, prompt_lengths = (torch.tensor(v, device=device) for v in ([totals[i] for i in batch], [len(prompts[i]) for i in batch]))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            x = sample(dit, noise, prompt, prompt_lengths, text, lengths, steps, cfg, sway)
+        z = dit.destandardize(x)
+        for row, i in enumerate(batch):
+            wave = vae.decode(z[row : row + 1, : totals[i]])[0, len(prompts[i]) * config.hop :].cpu().numpy()
+            if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
+                raise InputError(f"the model made {'silence' if np.isfinite(wave).all() else 'non-finite audio'} of {requests[i].text!r}: nothing written; try another --seed, or train longer")
+            waves[i] = wave
+    return waves
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The prompt and the text, before a generation is spent on them.
+
+
+def check_prompt(wave: np.ndarray, text: str, rate: int, limit: float) -> tuple[np.ndarray, list[str]]:
+    """The prompt with its silent edges trimmed, and what a user should know of it. What cannot work is an InputError."""
+    peak = np.abs(wave).max()
+    if not np.isfinite(wave).all() or peak < 1e-3:
+        raise InputError("the prompt is silent" if np.isfinite(wave).all() else "the prompt holds non-finite samples")
+    loud, edge = np.flatnonzero(np.abs(wave) > 0.02 * peak), rate // 10
+    trimmed = wave[max(0, loud[0] - edge) : loud[-1] + edge]
+    seconds, notes = len(trimmed) / rate, []
+    if len(wave) - len(trimmed) > rate // 20:
+        notes.append(f"trimmed {(len(wave) - len(trimmed)) / rate:.2f} s of silence from its edges")
+    if seconds < 0.5:
+        raise InputError(f"the prompt holds {seconds:.2f} s of speech, too little to hear a voice in: give at least 0.5 s, better 2 s or more")
+    if seconds > limit:
+        raise InputError(f"the prompt is {seconds:.1f} s, limit {limit:.1f} s for this model: cut audio and transcript together")
+    if seconds < 2:
+        notes.append(f"it is short ({seconds:.1f} s): 2 s or more catch a voice better")
+    if (np.abs(trimmed) > 0.99).mean() > 1e-3:
+        notes.append("it is clipped")
+    if text and not 4 < (pace := len(text.encode("utf-8")) / seconds) < 30:
+        notes.append(f"its transcript has {pace:.0f} characters a second of speech: check that it says just what is heard")
+    return trimmed, notes
+
+
+def split_text(text: str, limit: int) -> list[str]:
+    """Pieces of at most `limit` bytes, cut at sentence ends, else at commas, else between words."""
+    pieces = [text]
+    for pattern in (r"(?<=[.!?。！？])\s*", r"(?<=[,;:，；：])\s*", r"\s+"):
+        parts = [p for piece in pieces for p in ([piece] if len(piece.encode()) <= limit else re.split(pattern, piece)) if p]
+        pieces = []
+        for part in parts:  # join again what fits together
+            if pieces and len(f"{pieces[-1]} {part}".encode()) <= limit:
+                pieces[-1] += " " + part
+            else:
+                pieces.append(part)
+    if any(len(p.encode()) > limit for p in pieces):
+        raise InputError(f"a word of the text is longer than the {limit} characters that fit after this prompt: give a shorter prompt")
+    return pieces
+
+
+def join(waves: list[np.ndarray], rate: int) -> np.ndarray:
+    """One after another with 20 ms of cross-fade, so that no joint clicks."""
+    fade = rate // 50
+    out = waves[0]
+    for wave in waves[1:]:
+        ramp = np.linspace(0, 1, fade, dtype=np.float32)
+        out = np.concatenate([out[:-fade], out[-fade:] * (1 - ramp) + wave[:fade] * ramp, wave[fade:]])
+    return out
+
+
+def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
+    write_atomic(path, lambda p: sf.write(p, wave, rate, format="WAV", subtype="PCM_16"))
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
+def say(args, dit, vae, device) -> None:
+    """One text in one voice."""
+    rate, hop, limit = dit.config.sample_rate, dit.config.hop, dit.config.max_seconds
+    asr = Recognizer(args.asr, device) if not args.ref_text or args.takes > 1 else None
+    wave = read_audio(args.ref, rate)
+    ref_text = normalize_text(args.ref_text or asr(wave, rate), dit.config.text)
+    if not args.ref_text:
+        print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
+    wave, notes = check_prompt(wave, ref_text, rate, limit / 2)
+    for note in notes:
+        print(f"prompt: {note}")
+    text = normalize_text(args.text, dit.config.text)
+    if not text or not ref_text:
+        raise InputError(f"nothing to say: {'the text' if not text else 'the transcript of the prompt'} is empty" + (" once punctuation is removed" if dit.config.text == "plain" else ""))
+    if not 0.3 <= args.speed <= 3:
+        raise InputError(f"--speed {args.speed} is outside 0.3 to 3")
+    room = (limit - len(wave) / rate) / (len(wave) / rate) * len(ref_text.encode()) * args.speed
+    pieces = [text] if args.duration else split_text(text, max(1, int(room)))
+    if args.duration and args.duration + len(wave) / rate > limit * 1.01:
+        raise InputError(f"prompt and --duration make {args.duration + len(wave) / rate:.1f} s, the model was trained on at most {limit:.1f} s")
+    requests = [Request(wave, ref_text, piece, args.duration) for piece in pieces]
+    start, takes = time.time(), []
+    for take in range(args.takes):
+        said = join(synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed + take, args.batch_size), rate)
+        error = asr_error([text], [asr(said, rate)])["cer"] if args.takes > 1 else 0
+        takes.append((error, take, said))
+        if args.takes > 1:
+            print(f"take {take} (seed {args.seed + take}): character error rate {error:.1%} by {args.asr}")
+    error, take, said = min(takes, key=lambda t: t[:2])
+    spent, seconds = time.time() - start, len(said) / rate
+    write_wave(args.out, said, rate)
+    for piece in pieces if len(pieces) > 1 else []:
+        print(f"piece: {piece}")
+    print(f"{args.out}: {seconds:.2f} s, {len(text.encode()) / seconds:.0f} characters a second{f', take {take}' if args.takes > 1 else ''}; "
+          f"real-time factor {spent / seconds / args.takes:.2f} on {device}, {'bfloat16' if device.type == 'cuda' else 'float32'}")  # fmt: skip
+
+
+def say_list(args, dit, vae, notes, rank, world, device) -> None:
+    """Every line of a list in LibriSpeech-PC's six columns; wavs that are there already are kept."""
+    rate, lines, root = dit.config.sample_rate, read_list(args.list), args.ref_dir or args.list.parent
+    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, sway=args.sway, speed=args.speed, tts_step=notes.get("step"), vae=dit.config.vae_hash)
+    stamp = args.out / "settings.json"
+    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != settings:
+        raise InputError(f"{args.out} was made with other settings ({stamp.read_text(encoding='utf-8')}): choose another --out")
+    prompts = {line.ref: find_audio(root, line.ref) for line in lines}  # all of them, before anything is spent
+    barrier()
+    if rank == 0:
+        write_atomic(stamp, lambda p: p.write_text(json.dumps(settings), encoding="utf-8"))
+    todo = [line for line in lines if not (args.out / line.wav).exists()][: args.limit]
+    print(f"rank {rank}: {len(lines)} lines, {len(lines) - len(todo)} there already") if rank == 0 else None
+    todo = sorted(todo, key=lambda line: line.ref_seconds + line.gen_seconds)[rank::world]
+    start, seconds = time.time(), 0.0
+    for i in tqdm(range(0, len(todo), args.batch_size), desc="batches", disable=rank > 0):
+        requests = []
+        for line in todo[i : i + args.batch_size]:
+            text, wave = normalize_text(line.ref_text, dit.config.text), read_audio(prompts[line.ref], rate)
+            wave, _ = check_prompt(wave, text, rate, dit.config.max_seconds)
+            requests.append(Request(wave, text, normalize_text(line.text, dit.config.text), name=line.wav))
+        for request, wave in zip(requests, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size)):
+            write_wave(args.out / request.name, wave, rate)
+            seconds += len(wave) / rate
+    barrier()
+    if rank == 0 and seconds:
+        print(f"{args.out}: rank 0 made {seconds:.1f} s at a real-time factor of {(time.time() - start) / seconds:.2f} on {device}, {'bfloat16' if device.type == 'cuda' else 'float32'}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tts", default="runs/tts", help="run folder of train_tts.py, or hub id (default %(default)s)")
+    parser.add_argument("--vae", help="folder or hub id of its VAE (default: where the TTS run says)")
+    parser.add_argument("--ref", type=Path, help="recording of the voice (default: the demo's)")
+    parser.add_argument("--ref-text", help="what the recording says (default: transcribed with --asr)")
+    parser.add_argument("--text", help="what to say (default: a demo sentence)")
+    parser.add_argument("--out", type=Path, help="wav file, or folder for --list (default: sample.wav, runs/samples)")
+    parser.add_argument("--list", type=Path, help="say every line of a list: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated")
+    parser.add_argument("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
+    parser.add_argument("--limit", type=int, help="at most so many lines of the list")
+    parser.add_argument("--steps", type=int, default=32, help="Euler steps (default %(default)s)")
+    parser.add_argument("--cfg", type=float, default=2, help="guidance strength (default %(default)s)")
+    parser.add_argument("--sway", type=float, default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")
+    parser.add_argument("--speed", type=float, default=1, help="relative to the prompt's rate of speech (default %(default)s)")
+    parser.add_argument("--duration", type=float, help="seconds of the result (default: by the prompt's rate)")
+    parser.add_argument("--takes", type=int, default=1, help="make several and keep the one --asr understands best (default %(default)s)")
+    parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for --takes and for prompts without transcript: hub id or folder (default: the demo's)")
+    parser.add_argument("--batch-size", type=int, default=8, help="utterances at once (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs/samples" if args.list else "sample.wav")
+    if not args.list and not args.ref:
+        demo = read_list(DEMO / "corpus" / "test.lst")[0]
+        args.ref, args.ref_text, args.text = DEMO / "corpus" / demo.ref, demo.ref_text, args.text or demo.text
+    if not args.list and not args.text:
+        raise InputError("nothing to say: give --text")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = start_ranks()
+    if rank == 0:
+        print(f"device {device}, seed {args.seed}, {args.steps} steps, guidance {args.cfg}")
+    dit, vae, notes = load(args.tts, args.vae, device)
+    if args.list:
+        say_list(args, dit, vae, notes, rank, world, device)
+    elif rank == 0:
+        say(args, dit, vae, device)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,121 @@
+"""A small world to test in: synthetic clips, random tiny models, and one run of every stage, made once."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.update(HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT), TOKENIZERS_PARALLELISM="false")
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+import prepare
+import sample
+import train_tts
+import train_vae
+
+torch.set_num_threads(2)
+RATE = 16000
+VAE_FLAGS = ["--steps", "2", "--batch-seconds", "1.6", "--crop", "0.4", "--eval-every", "2", "--log-every", "1", "--adv-start", "1", "--eval-clips", "2"]
+TTS_FLAGS = ["--steps", "2", "--batch-seconds", "6", "--micro-seconds", "100", "--eval-every", "2", "--log-every", "1", "--eval-sentences", "2"]
+
+
+def tone(seconds: float, seed: int) -> np.ndarray:
+    """Something like a voice: harmonics of a wandering pitch under a slow envelope, and a little noise."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(seconds * RATE)) / RATE
+    phase = 2 * np.pi * np.cumsum(120 + 60 * rng.random() + 15 * np.sin(5 * t)) / RATE
+    wave = sum(np.sin(k * phase) / k for k in range(1, 12)) * (0.6 + 0.4 * np.sin(8 * t + rng.random()))
+    return (0.1 * wave + 0.005 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+def write_corpus(folder: Path, clips: int = 9) -> Path:
+    """A manifest of `clips` clips by two speakers."""
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    words = "one small bird sang by the river this morning".split()
+    rows = ["audio|speaker|text|split"]
+    for i in range(clips):
+        sf.write(folder / "audio" / f"{i}.wav", tone(1.0 + 0.1 * i, i), RATE)
+        rows.append(f"audio/{i}.wav|s{i % 2}|{' '.join(random.Random(i).choices(words, k=4))}|{'valid' if i >= clips - 3 else 'train'}")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    lines = [f"audio/{a}.wav\t{1 + 0.1 * a:.1f}\tone small bird sang\taudio/{b}.wav\t{1 + 0.1 * b:.1f}\tby the river" for a, b in ((0, 2), (1, 3), (2, 4))]
+    (folder / "test.lst").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def tiny_ssl(folder: Path, seed: int = 0) -> Path:
+    """A random WavLM with a CTC head, 50 frames a second."""
+    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor, WavLMConfig, WavLMForCTC
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = WavLMConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7, num_conv_pos_embeddings=15,
+                         num_conv_pos_embedding_groups=4, feat_extract_norm="layer", do_stable_layer_norm=True, vocab_size=30)  # fmt: skip
+    WavLMForCTC(config).save_pretrained(folder)
+    vocab = {c: i for i, c in enumerate(["<pad>", "<unk>", "|", "'"] + [chr(97 + i) for i in range(26)])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    tokenizer = Wav2Vec2CTCTokenizer(folder / "vocab.json", bos_token=None, eos_token=None, unk_token="<unk>", pad_token="<pad>", word_delimiter_token="|")
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=RATE, do_normalize=True, return_attention_mask=True), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def tiny_sv(folder: Path) -> Path:
+    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
+
+    torch.manual_seed(1)
+    config = WavLMConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=(16,) * 7, num_conv_pos_embeddings=15,
+                         num_conv_pos_embedding_groups=4, feat_extract_norm="layer", tdnn_dim=(32,) * 5, xvector_output_dim=16, num_labels=2)  # fmt: skip
+    WavLMForXVector(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=RATE, do_normalize=True, return_attention_mask=True).save_pretrained(folder)
+    return folder
+
+
+class World:
+    """Folders of the small world."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.corpus, self.ssl, self.sv = write_corpus(root / "corpus"), tiny_ssl(root / "ssl"), tiny_sv(root / "sv")
+        self.data, self.vae, self.tts, self.generated = root / "data", root / "vae", root / "tts", root / "generated"
+        prepare.main([str(self.corpus), "--out", str(self.data), "--ssl", str(self.ssl), "--text", "plain"])
+        train_vae.main(["--data", str(self.data), "--out", str(self.vae), *VAE_FLAGS])
+        prepare.main(["--out", str(self.data), "--ssl", "none", "--vae", str(self.vae)])
+        train_tts.main(["--data", str(self.data), "--out", str(self.tts), "--asr", str(self.ssl), *TTS_FLAGS])
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(main, args, *words): the command ends with exit code 2 and one line on stderr that holds the words."""
+
+    def check(main, args, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            prepare.cli(lambda: main([str(a) for a in args]))
+        message = capsys.readouterr().err.strip().splitlines()
+        assert caught.value.code == 2, message
+        errors = [line for line in message if "error: " in line]
+        assert len(errors) == 1 and "Traceback" not in "".join(message), message
+        for word in words:
+            assert word in errors[0], f"{word!r} is not in {errors[0]!r}"
+
+    return check
+
+
+def torchrun(script: str, *args, ranks: int = 2):
+    """Run a script under torchrun on CPU ranks; its output, or an AssertionError that shows it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -1,0 +1,302 @@
+"""Stage 2: train the DiT on the latents of a prepared data folder.
+
+    python train_tts.py                                                    # the demo: minutes on two CPU cores
+    python train_tts.py --preset paper --data data/libritts --out runs/tts-libritts --asr openai/whisper-base.en
+    torchrun --nproc_per_node 8 train_tts.py --preset paper --data ...     # the same training on 8 GPUs
+    python train_tts.py --resume --out runs/tts                            # go on exactly where it stopped
+
+The loss does not tell when a model has begun to speak; the character error rate (cer) of a few fixed sentences does.
+Every evaluation synthesises them with sample.py's own function and weights, and writes them to samples/ in the run folder.
+"""
+
+import argparse
+import contextlib
+import copy
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from evaluate import Recognizer, error_rates
+from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss, write_atomic
+from prepare import DEMO, Data, barrier, cli, start_ranks
+from sample import Request, synthesize, to_bytes
+from train_vae import Log, Means, compiled, load_state, read_args, require_finite, save_args, update_ema
+
+# --------------------------------------------------------------------------------------------------------------
+# Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.
+
+
+class Utterances(torch.utils.data.Dataset):
+    """Training examples: `join` clips of one speaker in a row (1: each clip by itself), grouped by length into steps."""
+
+    def __init__(self, data: Data, split: str, batch_seconds: float, join: int, seed: int):
+        self.data, self.join, self.seed, self.clips = data, join, seed, data.split(split)
+        latents = data.meta["latents"]
+        self.mean, self.std = torch.tensor(latents["mean"]), torch.tensor(latents["std"])
+        self.frames, self.rate = data.counts("latents"), data.rate / latents["hop"]
+        self.groups = max(1, round(sum(self.frames[i] for i in self.clips) / self.rate / batch_seconds))  # steps in an epoch
+        self.cache = (None, None)
+
+    def examples(self, rng) -> list[list[int]]:
+        """All clips once, in random runs of `join` of the same speaker."""
+        runs, last = [], {}
+        for clip in rng.permutation(self.clips).tolist():
+            speaker = self.data.clips[clip]["speaker"]
+            if speaker not in last or len(last[speaker]) == self.join:
+                runs.append(last.setdefault(speaker, []))
+                last[speaker] = runs[-1] = []
+            last[speaker].append(clip)
+        return runs
+
+    def step(self, step: int) -> list[list[int]]:
+        """The examples of a step, shortest first: all of an epoch, sorted by length with some jitter and cut into equal sums."""
+        epoch, position = divmod(step, self.groups)
+        if self.cache[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            runs = self.examples(rng)
+            length = np.array([sum(self.frames[i] for i in run) for run in runs])
+            order = np.argsort(length * rng.uniform(0.9, 1.1, len(runs)), kind="stable")
+            group = ((length[order].cumsum() - length[order] / 2) * self.groups / length.sum()).astype(int)
+            cut = [order[group == g] for g in range(self.groups)]
+            self.cache = epoch, [[runs[i] for i in g[np.argsort(length[g], kind="stable")]] for g in (cut[i] for i in rng.permutation(self.groups))]
+        return self.cache[1][position]
+
+    def __getitem__(self, key):
+        """key (step, run of clips) → one example with all of its random draws (SPEC: F5-TTS's training)."""
+        step, run = key
+        rng = np.random.default_rng([self.seed, 1, step + 1, run[0]])
+        rows = torch.cat([self.data.get("latents", i) for i in run])  # [N, 2, D]
+        n, shape = len(rows), rows[:, 0].shape
+        normal = lambda: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        z = rows[:, 0] + normal() * (0.5 * rows[:, 1]).exp()  # sampled from the posterior
+        span = int(rng.uniform(0.7, 1.0) * n)
+        start = int(rng.uniform() * (n - span))
+        drop_both = rng.uniform() < 0.2
+        frame = torch.arange(n)
+        return dict(x=(z - self.mean) / self.std, noise=normal(), t=torch.tensor(rng.uniform(), dtype=torch.float32),
+                    span=(frame >= start) & (frame < start + span), text=to_bytes(" ".join(self.data.clips[i]["text"] for i in run)),
+                    length=torch.tensor(n), drop_prompt=torch.tensor(drop_both or rng.uniform() < 0.3), drop_text=torch.tensor(drop_both))  # fmt: skip
+
+
+def collate(items: list[dict]) -> list[torch.Tensor]:
+    """Pad to the longest, in the order of flow_matching_loss's arguments."""
+    pad = lambda name, value: nn.utils.rnn.pad_sequence([i[name] for i in items], batch_first=True, padding_value=value)
+    stack = lambda name: torch.stack([i[name] for i in items])
+    return [pad("x", 0), pad("noise", 0), stack("t"), pad("span", False), pad("text", -1), stack("length"), stack("drop_prompt"), stack("drop_text")]
+
+
+class MicroBatches:
+    """This rank's micro-batches, step after step: a step's examples in world x accumulate parts of similar lengths."""
+
+    def __init__(self, examples: Utterances, first: int, last: int, micro_seconds: float, rank: int, world: int):
+        self.examples, self.steps, self.rank, self.world = examples, range(first, last), rank, world
+        self.micro_frames = micro_seconds * examples.rate
+
+    def parts(self, step: int) -> list[list]:
+        runs = self.examples.step(step)
+        longest = sum(self.examples.frames[i] for i in runs[-1])
+        accumulate = math.ceil(longest * len(runs) / (self.micro_frames * self.world))
+        accumulate = max(1, min(accumulate, len(runs) // self.world))
+        if len(runs) < self.world:
+            raise InputError(f"a step holds {len(runs)} utterance(s), which {self.world} ranks cannot share: raise --batch-seconds")
+        bounds = np.linspace(0, len(runs), accumulate * self.world + 1).astype(int)
+        parts = [runs[a:b] for a, b in zip(bounds, bounds[1:])]
+        return parts[self.rank * accumulate : (self.rank + 1) * accumulate]
+
+    def __iter__(self):
+        for step in self.steps:
+            for part in self.parts(step):
+                yield [(step, run) for run in part]
+
+
+class Objective(nn.Module):
+    """The loss as a module, for DistributedDataParallel and torch.compile."""
+
+    def __init__(self, dit: DiT):
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, *batch):
+        return flow_matching_loss(self.dit, *batch)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Evaluation: always on the same clips, noise, times and sentences, with the EMA weights.
+
+
+@torch.no_grad()
+def validate(dit: DiT, examples: Utterances, device, clips: int = 32) -> float:
+    """Flow-matching loss of validation clips, nothing dropped, times spread evenly over [0, 1]."""
+    keys = [(-1, run) for run in examples.examples(np.random.default_rng(0))[:clips]]
+    total = count = 0.0
+    for i, key in enumerate(keys):
+        x, noise, t, span, text, length, *_ = (v.to(device) for v in collate([examples[key]]))
+        keep = torch.zeros(1, dtype=torch.bool, device=device)
+        error, frames = flow_matching_loss(dit, x, noise, torch.full_like(t, (i + 0.5) / len(keys)), span, text, length, keep, keep)
+        total, count = total + error.item(), count + frames.item()
+    return total / count
+
+
+def fixed_requests(data: Data, count: int) -> list[Request]:
+    """The first validation clips, each to be said after another validation clip of its speaker (of itself, if there is none)."""
+    valid, requests = data.split("valid"), []
+    for i in valid[:: max(1, len(valid) // max(1, count))][:count]:
+        speaker = data.clips[i]["speaker"]
+        others = [j for j in valid if data.clips[j]["speaker"] == speaker and j != i]
+        prompt = others[0] if others else i
+        requests.append(Request(data.get("audio", prompt).numpy(), data.clips[prompt]["text"], data.clips[i]["text"]))
+    return requests
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="settings below, and the network's size (default %(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py --vae (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/tts"), help="run folder (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
+    parser.add_argument("--init", help="start from the weights of this DiT (folder or hub id), to fine-tune it")
+    parser.add_argument("--vae", help="where the latents' VAE is now, if not where it was when they were made")
+    parser.add_argument("--text-upsample", action=argparse.BooleanOptionalAction, default=None, help="spread the text evenly over the frames (default: the preset's)")
+    parser.add_argument("--join", type=int, default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=600_000, help="updates (default %(default)s)")
+    parser.add_argument("--batch-seconds", type=float, default=3240, help="audio in one update, over all ranks (default %(default)s: 0.9 h)")
+    parser.add_argument("--micro-seconds", type=float, default=405, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=7.5e-5, help="peak learning rate, whatever the number of ranks (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=20_000, help="steps to the peak; then linear decay to 0 at --steps (default %(default)s)")
+    parser.add_argument("--clip", type=float, default=1, help="largest gradient norm (default %(default)s)")
+    parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
+    parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
+    parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
+    parser.add_argument("--eval-sentences", type=int, default=4, help="fixed sentences to synthesise (default %(default)s)")
+    parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for their error rate: hub id or folder; \"none\" for none (default: the demo's)")
+    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    return read_args(parser, "train_tts", argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = start_ranks()
+    data = Data(args.data, ("audio", "latents"))
+    latents = data.meta["latents"]
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    # ---- data, and the VAE that will decode the samples: it must be the one that made the latents
+    train, valid = (Utterances(data, split, args.batch_seconds, args.join, args.seed) for split in ("train", "valid"))
+    if not train.clips or not valid.clips:
+        raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips: both are needed")
+    longest = max(train.frames[i] for i in train.clips) / train.rate
+    if args.batch_seconds < longest:
+        raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest clip, {longest:.1f} s")
+    vae_folder = args.vae or latents["vae"]
+    vae = SemanticVAE.from_pretrained(vae_folder).to(device)
+    if vae.content_hash() != latents["vae_hash"]:
+        raise InputError(f"{vae_folder} is VAE {vae.content_hash()}, the latents in {args.data} come from {latents['vae_hash']}: run python prepare.py --out {args.data} --vae {vae_folder}")
+
+    # ---- network and optimiser
+    join_frames = sorted(train.frames[i] for i in train.clips)[-args.join :]
+    facts = dict(latent_dim=latents["dim"], sample_rate=data.rate, hop=latents["hop"], text=data.meta["text"],
+                 max_seconds=float(sum(join_frames) / train.rate), vae_hash=latents["vae_hash"])  # fmt: skip
+    settings = PRESETS[args.preset]["dit"] | facts | ({} if args.text_upsample is None else dict(text_upsample=args.text_upsample))
+    dit = DiT(DiTConfig(**settings))
+    if args.init:
+        dit = DiT.from_pretrained(args.init).train()
+        if dit.config.vae_hash != latents["vae_hash"]:
+            raise InputError(f"{args.init} speaks in latents of VAE {dit.config.vae_hash}, {args.data} holds those of {latents['vae_hash']}")
+    dit.latent_mean.copy_(train.mean), dit.latent_std.copy_(train.std)
+    dit.to(device)
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.lr, fused=device.type == "cuda")
+    ema, first = copy.deepcopy(dit).eval().requires_grad_(False), 0
+    if args.resume:
+        state = load_state(args.out / "state.pt")
+        for module, name in ((dit, "dit"), (ema, "ema"), (optimizer, "optimizer")):
+            module.load_state_dict(state[name])
+        first = state["step"]
+
+    micro = MicroBatches(train, first, args.steps, args.micro_seconds, rank, world)
+    loader = iter(torch.utils.data.DataLoader(train, batch_sampler=micro, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    asr = Recognizer(args.asr, device) if rank == 0 and args.asr != "none" else None
+    requests = fixed_requests(data, args.eval_sentences)
+    notes = dict(vae=os.path.relpath(vae_folder, args.out) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"])
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        save_args(args)
+        log = Log(args.out / "log.csv", ["step", "loss", "grad", "lr", "seconds", "valid_loss", "cer", "wer"], first)
+        print(f"{device}, {world} rank(s); DiT {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters; {len(train.clips)} clips, {data.meta['hours']} h; "
+              f"about {args.batch_seconds} s a step, {train.groups} steps an epoch")  # fmt: skip
+        examples = [train[(0, run)]["x"] for run in train.step(0)[:64]]
+        rms = torch.cat(examples).square().mean().sqrt().item()
+        print(f"standardised latents: RMS {rms:.3f} (1 expected)")
+        if not 0.5 < rms < 2:
+            raise InputError(f"the latents in {args.data} do not fit their statistics: run python prepare.py --out {args.data} --vae {vae_folder} again")
+
+    # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    with autocast():
+        example = [v.to(device) for v in collate([train[(0, run)] for run in train.step(0)[:2]])]
+        objective = compiled(Objective(dit), args.compile, *example, dynamic=True)
+    if world > 1:
+        objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
+
+    means, start = Means(), time.time()
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="tts")
+    for step in bar:
+        warm, decay = (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.steps - args.warmup)
+        rate = args.lr * min(warm, decay)  # a pure function of the step
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batches = [[v.to(device, non_blocking=True) for v in next(loader)] for _ in micro.parts(step)]
+        frames = sum(span.sum() for _, _, _, span, *_ in batches)
+        if world > 1:  # the mean runs over the span frames of the whole global batch
+            dist.all_reduce(frames)
+        total = 0
+        for i, batch in enumerate(batches):
+            with objective.no_sync() if world > 1 and i < len(batches) - 1 else contextlib.nullcontext():
+                with autocast():
+                    error, _ = objective(*batch)
+                loss = error * world / frames  # DDP averages over ranks: undo that
+                loss.backward()
+            total = total + loss.detach()
+        norm = nn.utils.clip_grad_norm_(dit.parameters(), args.clip)
+        require_finite(norm, {"loss": total}, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, dit, args.ema, step)
+        means.add({"loss": total, "grad": norm})
+
+        # ---- log, evaluate, save
+        done, last = step + 1, step + 1 == args.steps
+        logging, evaluating = done % args.log_every == 0 or last, done % args.eval_every == 0 or last or step == 0
+        if logging:
+            row = means.read(world)
+        if evaluating and rank == 0:
+            scores = dict(valid_loss=validate(ema, valid, device))
+            if step > 0:
+                ema.save_pretrained(args.out, **notes, step=done)
+                state = dict(step=done, dit=dit.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+                write_atomic(args.out / "state.pt", lambda p: torch.save(state, p))
+                waves = synthesize(ema, vae, requests, seed=args.seed)
+                (args.out / "samples").mkdir(exist_ok=True)
+                for n, wave in enumerate(waves):
+                    sf.write(args.out / "samples" / f"{n}_step{done:07d}.wav", wave, data.rate)
+                if asr:
+                    scores |= error_rates([r.text for r in requests], [asr(w) for w in waves])
+        if rank == 0 and (logging or evaluating):
+            log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
+            bar.set_postfix(loss=f"{total.item():.3f}", audio=f"{args.batch_seconds * (done - first) / (time.time() - start):.0f} s/s")
+    barrier()
+
+
+if __name__ == "__main__":
+    cli(main)
