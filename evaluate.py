@@ -16,6 +16,7 @@ import io
 import json
 import string
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +57,9 @@ def read_list(path: Path) -> list[Line]:
         lines = [Line(ref, float(a), ref_text.strip(), gen, float(b), text.strip()) for ref, a, ref_text, gen, b, text in rows]
     except (UnicodeDecodeError, ValueError) as e:
         raise InputError(f"{path} is not a list of six tab-separated columns ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text: {e}") from e
-    twice = {line.wav for line in lines if sum(other.wav == line.wav for other in lines) > 1} if len(lines) < 5000 else set()
-    if twice or not lines:
-        raise InputError(f"{path} has {f'two lines for {min(twice)}' if twice else 'no lines'}")
+    names = Counter(line.wav for line in lines)
+    if len(names) < len(lines) or not lines:
+        raise InputError(f"{path} has {f'several lines for {names.most_common(1)[0][0]}' if lines else 'no lines'}")
     return lines
 
 

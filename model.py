@@ -315,6 +315,9 @@ def lowpass(taps: int = 12) -> torch.Tensor:
     return (filter / filter.sum()).float()[None, None]
 
 
+TAPS = lowpass().flatten().tolist()
+
+
 class AntiAliasedSnake(nn.Module):
     """SnakeBeta at twice the rate, so that the harmonics it adds are filtered out before they alias (BigVGAN, 3.2).
 
@@ -325,10 +328,9 @@ class AntiAliasedSnake(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.act = SnakeBeta(channels)
-        self.taps = lowpass().flatten().tolist()
 
     def forward(self, x):  # [B, C, N]
-        n, f = x.shape[-1], self.taps
+        n, f = x.shape[-1], TAPS
         x = F.pad(x, (3, 3), "replicate")
         even = self.act(sum(2 * f[11 - 2 * i] * x[..., i : i + n] for i in range(6)))  # [B, C, N]
         odd = self.act(sum(2 * f[10 - 2 * i] * x[..., i + 1 : i + 1 + n] for i in range(6)))  # [B, C, N]

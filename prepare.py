@@ -41,7 +41,6 @@ from tqdm import tqdm
 from model import InputError, SemanticVAE, write_atomic
 
 DEMO = Path(__file__).resolve().parent / "demo"
-CHUNK = 128  # clips that are done together: the unit of sharing between ranks and of resuming
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ class Data:
 
 
 def from_manifest(path: Path):
-    """audio|speaker|text with a header, and perhaps split (train, valid, test); paths relative to the manifest."""
+    """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths relative to it."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
@@ -269,9 +268,7 @@ def each_chunk(work: Path, name: str, count: int, do, rank: int, world: int) -> 
 
 def check_clip(clip, args):
     """(samples, "") of a clip that is fit for training, else (0, why it is not)."""
-    _, path, _, text, split = clip
-    if split == "test":
-        return 0, "held out for testing"
+    _, path, _, text, _ = clip
     if not normalize_text(text, args.text):
         return 0, "empty text"
     try:
@@ -292,9 +289,9 @@ def check_clip(clip, args):
 def make_index(clips, args, out: Path, rank: int, world: int) -> None:
     """Check every clip, then write index.tsv, dropped.tsv and the first meta.json."""
     work = out / "work"
-    chunks = math.ceil(len(clips) / CHUNK)
+    chunks = math.ceil(len(clips) / args.chunk)
     with ThreadPoolExecutor(args.workers) as pool:
-        each_chunk(work, "check", chunks, lambda k: list(pool.map(lambda c: check_clip(c, args), clips[k * CHUNK : (k + 1) * CHUNK])), rank, world)
+        each_chunk(work, "check", chunks, lambda k: list(pool.map(lambda c: check_clip(c, args), clips[k * args.chunk : (k + 1) * args.chunk])), rank, world)
     if rank > 0:
         return
     verdicts = [v for k in range(chunks) for v in json.loads((work / f"check-{k}").read_text())]
@@ -310,14 +307,14 @@ def make_index(clips, args, out: Path, rank: int, world: int) -> None:
     line = lambda name, path, speaker, text, split, samples: f"{name}\t{split or 'train'}\t{speaker}\t{samples}\t{normalize_text(text, args.text)}\n"
     write_atomic(out / "index.tsv", lambda p: p.write_text("id\tsplit\tspeaker\tsamples\ttext\n" + "".join(line(*c) for c in kept), encoding="utf-8"))
     total = sum(c[5] for c in kept)
-    meta = dict(format=1, sample_rate=args.sample_rate, text=args.text, sources=[str(s) for s in args.source], clips=len(kept),
+    meta = dict(format=1, sample_rate=args.sample_rate, text=args.text, teacher=args.ssl, sources=[str(s) for s in args.source], clips=len(kept),
                 hours=round(total / args.sample_rate / 3600, 4), speakers=len({c[2] for c in kept}), dropped=len(dropped),
                 max_seconds=round(max(c[5] for c in kept) / args.sample_rate, 3))  # fmt: skip
     write_atomic(out / "index.json", lambda p: p.write_text(json.dumps(meta)))  # becomes meta.json when the audio is there
 
 
-def fill(out: Path, name: str, settings: dict, rows: int, width: tuple, dtype: str, make, clips: int, rank: int, world: int) -> None:
-    """Fill `name`.bin [rows, *width] chunk by chunk in place: make(k) gives (first row, array) of chunk k of the clips.
+def fill(out: Path, name: str, settings: dict, rows: int, width: tuple, dtype: str, make, chunks: int, rank: int, world: int) -> None:
+    """Fill `name`.bin [rows, *width] in place: make(k) gives (first row, array) of chunk k of the clips.
 
     Every rank writes its chunks into one file that becomes `name`.bin when all are done; what another model or VAE left
     half-done is begun anew."""
@@ -338,7 +335,7 @@ def fill(out: Path, name: str, settings: dict, rows: int, width: tuple, dtype: s
         array[first : first + len(values)] = values
         array.flush()
 
-    each_chunk(work, name, math.ceil(clips / CHUNK), do, rank, world)
+    each_chunk(work, name, chunks, do, rank, world)
 
 
 def finish(out: Path, name: str, entry: dict) -> None:
@@ -360,7 +357,7 @@ def fill_audio(clips, args, out: Path, rank: int, world: int) -> None:
     paths, offsets = {c[0]: c[1] for c in clips}, np.concatenate([[0], samples.cumsum()])
 
     def make(k):
-        part = slice(k * CHUNK, (k + 1) * CHUNK)
+        part = slice(k * args.chunk, (k + 1) * args.chunk)
         with ThreadPoolExecutor(args.workers) as pool:
             waves = list(pool.map(lambda n: read_audio(paths[n], args.sample_rate), names[part]))
         for name, wave, expected in zip(names[part], waves, samples[part]):
@@ -368,7 +365,7 @@ def fill_audio(clips, args, out: Path, rank: int, world: int) -> None:
                 raise InputError(f"{paths[name]} changed while it was being read: remove {out} and run again")
         return offsets[part.start], (np.concatenate(waves).clip(-1, 1) * 32767).round().astype(np.int16)
 
-    fill(out, "audio", {}, int(offsets[-1]), (), "int16", make, len(names), rank, world)
+    fill(out, "audio", dict(chunk=args.chunk), int(offsets[-1]), (), "int16", make, math.ceil(len(names) / args.chunk), rank, world)
     if rank == 0:
         finish(out, "audio", dict(shape=[int(offsets[-1])], dtype="int16", rate=args.sample_rate))
     barrier()
@@ -419,10 +416,10 @@ class SSLModel:
         states = out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]
         if self.whisper:
             frames = [frame_count(len(w), self.sample_rate, self.rate) for w in waves]
-        elif hasattr(self.model, "_get_feat_extract_output_lengths"):
-            frames = [int(self.model._get_feat_extract_output_lengths(torch.tensor(len(w)))) for w in waves]
-        else:
+        elif "input_features" in inputs:  # w2v-BERT: its extractor already makes the frames
             frames = inputs["attention_mask"].sum(1).tolist()
+        else:
+            frames = [int(self.model._get_feat_extract_output_lengths(torch.tensor(len(w)))) for w in waves]
         return [s[:n].float().cpu() for s, n in zip(states, frames)]
 
     def batches(self, lengths: list[int], seconds: float) -> list[list[int]]:
@@ -450,7 +447,7 @@ def fill_ssl(args, out: Path, rank: int, world: int, device) -> None:
     offsets = np.concatenate([[0], counts.cumsum()])
 
     def make(k):
-        part = range(k * CHUNK, min((k + 1) * CHUNK, len(counts)))
+        part = range(k * args.chunk, min((k + 1) * args.chunk, len(counts)))
         features = [None] * len(part)
         for batch in ssl.batches([int(data.samples[i]) for i in part], args.batch_seconds):
             for j, x in zip(batch, ssl([data.get("audio", part[j]).numpy() for j in batch])):
@@ -460,7 +457,7 @@ def fill_ssl(args, out: Path, rank: int, world: int, device) -> None:
         return offsets[part.start], torch.cat(features).half().numpy()
 
     entry = dict(model=args.ssl, revision=ssl.revision, layer=args.layer, dim=ssl.width, rate=str(ssl.rate))
-    fill(out, "ssl", entry, int(offsets[-1]), (ssl.width,), "float16", make, len(counts), rank, world)
+    fill(out, "ssl", entry | dict(chunk=args.chunk), int(offsets[-1]), (ssl.width,), "float16", make, math.ceil(len(counts) / args.chunk), rank, world)
     if rank == 0:
         finish(out, "ssl", dict(entry, shape=[int(offsets[-1]), ssl.width], dtype="float16"))
     barrier()
@@ -479,12 +476,12 @@ def fill_latents(args, out: Path, rank: int, world: int, device) -> None:
     offsets = np.concatenate([[0], np.cumsum([frame_count(int(n), data.rate, rate) for n in data.samples])])
 
     def make(k):
-        part = range(k * CHUNK, min((k + 1) * CHUNK, len(data.clips)))
+        part = range(k * args.chunk, min((k + 1) * args.chunk, len(data.clips)))
         latents = [torch.stack(vae.encode(data.get("audio", i)[None].to(device)), 2)[0] for i in part]  # [N, 2, D]
         return offsets[part.start], torch.cat(latents).cpu().half().numpy()
 
     entry = dict(vae=str(args.vae), vae_hash=vae_hash, dim=dim, hop=vae.config.hop, rate=str(rate), shape=[int(offsets[-1]), 2, dim], dtype="float16")
-    fill(out, "latents", entry, int(offsets[-1]), (2, dim), "float16", make, len(data.clips), rank, world)
+    fill(out, "latents", entry | dict(chunk=args.chunk), int(offsets[-1]), (2, dim), "float16", make, math.ceil(len(data.clips) / args.chunk), rank, world)
     if rank == 0:
         array = np.memmap(out / "work" / "latents.bin", "float16", "r", shape=tuple(entry["shape"]))
         total, square, count = np.zeros(dim), np.zeros(dim), 0
@@ -506,7 +503,7 @@ def parse_args(argv=None):
     parser.add_argument("--layout", choices=["auto", *LAYOUTS], default="auto", help="how the source folders are laid out (default: detected)")
     parser.add_argument("--download", help="LibriTTS subsets to fetch first, e.g. train-clean-100,dev-clean; LibriSpeech's as librispeech:test-clean")
     parser.add_argument("--download-to", type=Path, default=Path("downloads"), help="where downloads are kept (default %(default)s)")
-    parser.add_argument("--ssl", default=str(DEMO / "ssl"), help="teacher: hub id or folder of a speech encoder; \"none\" for none (default: the demo's; the paper's is microsoft/wavlm-large)")
+    parser.add_argument("--ssl", help="teacher: hub id or folder of a speech encoder, or \"none\" (default: for the demo corpus the demo's; the paper's is microsoft/wavlm-large)")
     parser.add_argument("--layer", type=int, default=-1, help="hidden state to store, -1 for the last (default %(default)s)")
     parser.add_argument("--vae", help="add the latents of this VAE: a run, an authors' release, or a hub id")
     parser.add_argument("--text", choices=["plain", "raw"], help="plain: lower case without punctuation; raw: as written (default: plain for the demo corpus, else raw)")
@@ -515,9 +512,15 @@ def parse_args(argv=None):
     parser.add_argument("--max-seconds", type=float, default=30, help="drop longer clips (default %(default)s)")
     parser.add_argument("--valid", type=float, default=0.01, help="share of clips for validation where the source names none (default %(default)s)")
     parser.add_argument("--batch-seconds", type=float, default=60, help="audio in one batch of the teacher (default %(default)s)")
+    parser.add_argument("--chunk", type=int, default=128, help="clips done together, the unit of sharing and of resuming (default %(default)s)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read audio (default %(default)s)")
     args = parser.parse_args(argv)
-    args.text = args.text or ("raw" if args.source or args.download else "plain")
+    if args.source or args.download:
+        if not args.ssl:
+            raise InputError("name the teacher with --ssl: the paper's is microsoft/wavlm-large; none stores no features, for a vanilla VAE")
+        args.text = args.text or "raw"
+    elif not (args.out / "meta.json").exists():
+        args.source, args.ssl, args.text = [DEMO / "corpus"], args.ssl or str(DEMO / "ssl"), args.text or "plain"
     return args
 
 
@@ -530,11 +533,10 @@ def main(argv=None):
             download(args.download, args.download_to)
         barrier()
         args.source += download(args.download, args.download_to)
-    if args.source or not (out / "meta.json").exists():
-        args.source = args.source or [DEMO / "corpus"]
+    if args.source:
         clips = [(f"{s}:{c[0]}" if len(args.source) > 1 else c[0], *c[1:]) for s in args.source for c in list_clips(s, args.layout)]
         made_of = [[str(s) for s in args.source], len(clips), args.sample_rate, args.text]
-        settings, path = json.dumps([*made_of, args.min_seconds, args.max_seconds, args.valid]), out / "settings.json"
+        settings, path = json.dumps([*made_of, args.min_seconds, args.max_seconds, args.valid, args.chunk]), out / "settings.json"
         if path.exists() and path.read_text() != settings:
             raise InputError(f"{out} was made with other settings ({path.read_text()}), not {settings}: choose another --out or remove it")
         if rank == 0:
@@ -544,6 +546,7 @@ def main(argv=None):
                 make_index(clips, args, out, rank, world)
                 barrier()
             fill_audio(clips, args, out, rank, world)
+    args.ssl = args.ssl or Data(out).meta["teacher"]  # interrupted before the features were there? go on
     if args.ssl != "none":
         fill_ssl(args, out, rank, world, device)
     if args.vae:

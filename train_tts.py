@@ -277,7 +277,7 @@ def main(argv=None):
 
         # ---- log, evaluate, save
         done, last = step + 1, step + 1 == args.steps
-        logging, evaluating = done % args.log_every == 0 or last, done % args.eval_every == 0 or last or step == 0
+        logging, evaluating = done == 1 or done % args.log_every == 0 or last, done == 1 or done % args.eval_every == 0 or last
         if logging:
             row = means.read(world)
         if evaluating and rank == 0:

@@ -389,7 +389,7 @@ def main(argv=None):
     per_step = max(1, round(args.batch_seconds / seconds))
     if per_step % world:
         raise InputError(f"--batch-seconds {args.batch_seconds} is {per_step} crops of {seconds} s, which {world} ranks cannot share evenly")
-    micro = math.gcd(per_step // world, args.micro_batch) if (per_step // world) % args.micro_batch else args.micro_batch
+    micro = math.gcd(per_step // world, args.micro_batch)
     accumulate = per_step // world // micro
     loader = iter(crop_loader(crops, first, args.steps, per_step, micro, rank, world, args.workers))
     weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
@@ -473,7 +473,7 @@ def main(argv=None):
 
         # ---- log, evaluate, save
         done, last = step + 1, step + 1 == args.steps
-        logging, evaluating = done % args.log_every == 0 or last, done % args.eval_every == 0 or last
+        logging, evaluating = done == 1 or done % args.log_every == 0 or last, done % args.eval_every == 0 or last
         if logging:
             row = means.read(world)
         if evaluating and rank == 0:

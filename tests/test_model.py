@@ -1,0 +1,212 @@
+"""Properties of the networks, and their checkpoints."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, alignment_loss, lowpass, sample, spread_evenly
+
+TINY_VAE = VAEConfig(encoder_dim=4, latent_dim=8, decoder_dim=64, resblock_kernels=(3,), ssl_dim=12)
+TINY_DIT = DiTConfig(latent_dim=8, width=64, depth=2, heads=2, text_dim=16, text_layers=1)
+
+
+def build(kind, config, seed=0):
+    torch.manual_seed(seed)
+    model = kind(config).eval()
+    for p in model.parameters():  # the DiT starts with zero output: fill it
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_presets_have_the_papers_sizes():
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    with torch.device("meta"):
+        vae = SemanticVAE(VAEConfig(**PRESETS["paper"]["vae"]))
+        assert (count(vae), count(vae.projectors)) == (72_753_377, 451_392)
+        assert count(DiT(DiTConfig(**PRESETS["paper"]["dit"]))) == 157_973_824
+        assert 5e6 < count(DiT(DiTConfig(**PRESETS["small"]["dit"]))) < 157e6
+
+
+@torch.no_grad()
+def test_output_is_as_long_as_input_for_every_remainder_of_the_hop():
+    vae, hop = build(SemanticVAE, TINY_VAE), TINY_VAE.hop
+    assert hop == 400
+
+    def shapes(samples, device):
+        mean, _ = vae.encode(torch.zeros(1, samples, device=device))
+        return [mean.shape, vae.decode(mean, samples).shape]
+
+    for samples in (801, 1199, 1200):
+        assert shapes(samples, "cpu") == [(1, 3, 8), (1, samples)]
+    assert vae.decode(torch.zeros(1, 3, 8)).shape == (1, 1200)
+    vae.to("meta")  # only shapes: quick enough for every length
+    for samples in range(hop, 2 * hop):
+        assert shapes(samples, "meta") == [(1, math.ceil(samples / hop), 8), (1, samples)]
+
+
+@torch.no_grad()
+def test_documented_shapes():
+    vae = build(SemanticVAE, TINY_VAE)
+    wave, noise, features = torch.randn(2, 1600), torch.randn(2, 4, 8), torch.randn(2, 5, 12)
+    again, z, mean, logvar, target = vae(wave, noise, features)
+    assert again.shape == wave.shape and z.shape == mean.shape == logvar.shape == target.shape == (2, 4, 8)
+    assert again.dtype == mean.dtype == torch.float32 and again.abs().max() <= 1
+
+
+def test_stencil_activation_equals_the_convolution_form():
+    """Forward and backward against upsampling and downsampling as depthwise convolutions (BigVGAN's way)."""
+    torch.manual_seed(0)
+    layer, x = AntiAliasedSnake(6), torch.randn(2, 6, 37, requires_grad=True)
+    torch.nn.init.normal_(layer.act.alpha), torch.nn.init.normal_(layer.act.beta)
+    layer, x = layer.double(), x.detach().double().requires_grad_()  # so that the largest error is not rounding
+
+    def plain(x):
+        filter = lowpass().double().expand(6, -1, -1)
+        x = 2 * F.conv_transpose1d(F.pad(x, (5, 5), "replicate"), filter, stride=2, groups=6)[..., 15:-15]
+        return F.conv1d(F.pad(layer.act(x), (5, 6), "replicate"), filter, stride=2, groups=6)
+
+    weight = torch.randn(2, 6, 37).double()
+    grads = []
+    for f in (layer, plain):
+        y = f(x)
+        grads.append([y.detach(), *torch.autograd.grad((y * weight).sum(), [x, layer.act.alpha, layer.act.beta])])
+    for a, b in zip(*grads):
+        assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
+
+
+def test_alignment_reaches_encoder_and_head_but_not_padding():
+    z, head, features = torch.randn(2, 6, 8, requires_grad=True), AlignmentHead(12, 8), torch.randn(2, 8, 12)
+    valid = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    alignment_loss(z, head(features, 6), valid).backward()
+    assert z.grad[0].abs().min() > 0 and not z.grad[1, 2:].any() and z.grad[1, :2].any()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+
+
+def test_spread_evenly_gives_each_character_its_frames():
+    """SPEC: each of n characters gets frames // n frames, the last frames % n one more."""
+    for frames, n in [(10, 3), (12, 4), (7, 7), (5, 1), (9, 0), (13, 5)]:
+        text = torch.arange(1.0, 15)[None, :, None]  # character i has value i + 1; 14 frames in the batch
+        expected = [i + 1 for i in range(n) for _ in range(frames // n + (i >= n - frames % n))]
+        found = spread_evenly(text, torch.tensor([n]), torch.tensor([frames]))[0, :, 0].tolist()
+        assert found[: len(expected)] == expected and len(expected) == (frames if n else 0)
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@torch.no_grad()
+def test_a_batch_gives_each_utterance_what_it_gets_alone(upsample):
+    dit = build(DiT, DiTConfig(**{**vars(TINY_DIT), "text_upsample": upsample}))
+    torch.manual_seed(1)
+    lengths, prompts = torch.tensor([30, 17, 24]), torch.tensor([10, 5, 8])
+    noise, prompt, text = torch.randn(3, 30, 8), torch.randn(3, 30, 8), torch.randint(0, 256, (3, 12))
+    text[1, 7:] = -1
+    both = sample(dit, noise, prompt, prompts, text, lengths, steps=4)
+    for i, n in enumerate(lengths.tolist()):
+        one = slice(i, i + 1)
+        alone = sample(dit, noise[one, :n], prompt[one, :n], prompts[one], text[one], lengths[one], steps=4)
+        assert (both[i, :n] - alone[0]).abs().max() < 1e-5
+        assert torch.equal(alone[0, : prompts[i]], prompt[i, : prompts[i]])
+
+
+def test_new_dit_predicts_zero():
+    dit = DiT(TINY_DIT)
+    text = dit.text_embed(torch.zeros(1, 3, dtype=torch.long), torch.tensor([9]), 9)
+    assert not dit(torch.randn(1, 9, 8), torch.zeros(1, 9, 8), text, torch.tensor([0.3]), torch.tensor([9])).any()
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("kind, config", [(SemanticVAE, TINY_VAE), (DiT, TINY_DIT)])
+def test_checkpoint_rebuilds_its_model(kind, config, tmp_path):
+    model = build(kind, config)
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    again = kind.from_pretrained(tmp_path)
+    assert again.config == config and all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_hash_follows_the_weights_but_not_the_alignment_head(tmp_path):
+    vae = build(SemanticVAE, TINY_VAE)
+    name = vae.content_hash()
+    torch.nn.init.zeros_(vae.projectors.model[0].weight)
+    assert vae.content_hash() == name
+    vae.save_pretrained(tmp_path, dtype=torch.float16)
+    half = SemanticVAE.from_pretrained(tmp_path)
+    assert half.content_hash() == SemanticVAE.from_pretrained(tmp_path).content_hash() != name  # other weights, other name
+    with torch.no_grad():
+        vae.fc_mu.bias[0] += 1e-3
+    assert vae.content_hash() != name
+
+
+def refused(kind, folder, *words):
+    with pytest.raises(InputError) as caught:
+        kind.from_pretrained(folder)
+    assert all(w in str(caught.value) for w in words), caught.value
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
+    vae = build(SemanticVAE, TINY_VAE)
+    vae.save_pretrained(tmp_path)
+    refused(DiT, tmp_path, "holds a SemanticVAE, expected a DiT")
+    refused(SemanticVAE, tmp_path / "nowhere", "no folder")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (({"decoder_dim": 128}, ["other shapes"]), ({"ssl_dim": 0}, ["has unknown projectors."]), ({"resblock_kernels": [3, 7]}, ["lacks decoder."])):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"config": config["config"] | change}))
+        refused(SemanticVAE, tmp_path, *words)
+    (tmp_path / "config.json").write_text("{")
+    refused(SemanticVAE, tmp_path, "config.json is not a config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(SemanticVAE, tmp_path, "cannot read", "model.safetensors")
+
+
+def authors_release(folder, **changes):
+    """A folder in the layout of the authors' release, with a tiny network."""
+    config = VAEConfig(encoder_dim=8, latent_dim=8, decoder_dim=64, ssl_dim=32)
+    vae = build(SemanticVAE, config)
+    tensors = vae.state_dict() | {"pre_block.attn.zero_k_bias": torch.zeros(128), "decoder.activation_post.upsample.filter": lowpass()} | changes
+    (folder / "dac").mkdir(parents=True)
+    (folder / "metainfo.json").write_text("{}")
+    torch.save({f"ema_model.{k}": v for k, v in tensors.items() if v is not None} | {"step": torch.tensor(3), "initted": torch.tensor(True)}, folder / "dac" / "ema_state_dict.pth")
+    return vae
+
+
+def test_authors_release_is_read_key_by_key(tmp_path):
+    vae = authors_release(tmp_path / "good")
+    assert SemanticVAE.from_pretrained(tmp_path / "good").content_hash() == vae.content_hash()
+    for name, change, words in (
+        ("extra", {"decoder.mystery": torch.ones(1)}, "has unknown decoder.mystery"),
+        ("missing", {"fc_var.bias": None}, "lacks fc_var.bias"),
+        ("shape", {"fc_var.bias": torch.zeros(9)}, "fc_var.bias: found [9], expected [8]"),
+        ("filter", {"decoder.activation_post.upsample.filter": torch.ones(1, 1, 12)}, "differs from the filter"),
+    ):
+        authors_release(tmp_path / name, **change)
+        refused(SemanticVAE, tmp_path / name, words)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    (tmp_path / "dac").mkdir()
+    (tmp_path / "metainfo.json").write_text("{}")
+    torch.save({"ema_model.x": Evil()}, tmp_path / "dac" / "ema_state_dict.pth")
+    refused(SemanticVAE, tmp_path, "cannot read")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_hub_id_with_a_subfolder_is_downloaded_only_when_named(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    vae, asked = authors_release(tmp_path / "semantic_vae"), []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or tmp_path)
+    assert SemanticVAE.from_pretrained("zkniu/Semantic-VAE/semantic_vae").content_hash() == vae.content_hash()
+    assert asked == [("zkniu/Semantic-VAE", ["semantic_vae/**"])]
+    refused(SemanticVAE, tmp_path / "absent", "no folder")
+    assert len(asked) == 1

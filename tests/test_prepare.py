@@ -1,0 +1,215 @@
+"""prepare.py: every layout, every reason to drop a clip, exact resumption, ranks, and SSL batches equal to one by one."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from conftest import RATE, tiny_ssl, tone, torchrun, write_corpus
+
+import prepare
+from prepare import Data, frame_count, normalize_text, read_audio
+
+ARRAYS = ("index.tsv", "audio.bin", "ssl.bin")
+
+
+def content(folder: Path) -> dict:
+    return {name: (folder / name).read_bytes() for name in ARRAYS}
+
+
+def test_normalize_text():
+    assert normalize_text("  Don’t  stop,\tplease! ", "plain") == "don't stop please"
+    assert normalize_text("'Tis “fine” — 10%", "plain") == "tis fine 10"
+    assert normalize_text("Cafe\u0301,  ja?", "raw") == "Café, ja?"
+
+
+def test_frame_count_is_one_rule():
+    assert frame_count(16000, 16000, 40) == 40 and frame_count(16001, 16000, 40) == 41 and frame_count(1, 16000, Fraction(16000, 400)) == 1
+    assert frame_count(8123, 16000, 50) == 26
+
+
+@pytest.mark.parametrize("suffix, rate, channels", [("wav", 16000, 1), ("flac", 44100, 2), ("ogg", 22050, 1), ("opus", 48000, 1), ("mp3", 24000, 2)])
+def test_audio_formats(tmp_path, suffix, rate, channels):
+    wave = np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32) * 0.3
+    options = dict(format="OGG", subtype="OPUS") if suffix == "opus" else {}
+    sf.write(tmp_path / f"a.{suffix}", np.stack([wave] * channels, 1), rate, **options)
+    read = read_audio(tmp_path / f"a.{suffix}", RATE)
+    assert read.dtype == np.float32 and read.ndim == 1 and abs(len(read) - RATE) < 3000  # mp3 pads
+    spectrum = np.abs(np.fft.rfft(read[2000:14000]))
+    assert abs(spectrum.argmax() * RATE / 12000 - 440) < 5
+
+
+def make_layout(root: Path, layout: str) -> Path:
+    write = lambda path, i: (path.parent.mkdir(parents=True, exist_ok=True), sf.write(path, tone(0.8, i), RATE))
+    text = lambda path, words: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text(words, encoding="utf-8"))
+    for i in range(3):
+        if layout == "libritts":
+            write(root / "19" / "198" / f"19_198_{i}.wav", i), text(root / "19" / "198" / f"19_198_{i}.normalized.txt", f"words {i}")
+        elif layout == "librispeech":
+            write(root / "19" / "198" / f"19-198-{i}.flac", i), text(root / "19" / "198" / "19-198.trans.txt", "\n".join(f"19-198-{j} words {j}" for j in range(3)))
+        elif layout == "vctk":
+            write(root / "wav48_silence_trimmed" / "p1" / f"p1_{i}_mic1.flac", i), text(root / "txt" / "p1" / f"p1_{i}.txt", f"words {i}")
+        else:
+            write(root / "wavs" / f"LJ{i}.wav", i), text(root / "metadata.csv", "\n".join(f"LJ{j}|Words|words {j}" for j in range(3)))
+    return root
+
+
+@pytest.mark.parametrize("layout", ["libritts", "librispeech", "vctk", "ljspeech"])
+def test_layouts_are_detected(tmp_path, layout):
+    prepare.main([str(make_layout(tmp_path / "in", layout)), "--out", str(tmp_path / "out"), "--ssl", "none"])
+    data = Data(tmp_path / "out")
+    assert [c["text"] for c in data.clips] == ["words 0", "words 1", "words 2"]
+    assert {c["speaker"] for c in data.clips} == {dict(libritts="19", librispeech="19", vctk="p1", ljspeech="LJ")[layout]}
+    assert len(data.split("valid")) == 1 and len(data.split("train")) == 2
+    assert np.abs(data.get("audio", 1).numpy() - tone(0.8, 1)).max() < 1e-4
+
+
+def test_every_dropped_clip_is_listed_with_its_reason(tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "in", 3)
+    wave = {"short": tone(0.2, 0), "long": tone(4, 0), "silent": np.zeros(RATE, np.float32), "empty": np.zeros(0, np.float32), "nan": np.full(RATE, np.nan, np.float32), "mute": tone(1, 0)}
+    for name, samples in wave.items():
+        sf.write(corpus / f"{name}.wav", samples, RATE, subtype="FLOAT")
+    (corpus / "broken.wav").write_bytes(b"RIFFnonsense")
+    rows = [f"{n}.wav|s|{'...' if n == 'mute' else 'words'}|train" for n in [*wave, "broken", "absent"]]
+    with open(corpus / "manifest.csv", "a", encoding="utf-8") as f:
+        f.write("\n".join(rows) + "\n")
+    prepare.main([str(corpus), "--out", str(tmp_path / "out"), "--ssl", "none", "--text", "plain", "--max-seconds", "3"])
+    dropped = dict(line.split("\t") for line in (tmp_path / "out" / "dropped.tsv").read_text().splitlines())
+    assert dropped == {"short.wav": "shorter than 0.5 s", "long.wav": "longer than 3.0 s", "silent.wav": "silent", "empty.wav": "no samples", "nan.wav": "non-finite samples",
+                       "mute.wav": "empty text", "broken.wav": "unreadable", "absent.wav": "unreadable"}  # fmt: skip
+    out = capsys.readouterr().out
+    assert "dropped broken.wav: unreadable" in out and "dropped 2: unreadable" in out and "3 clips" in out
+
+
+def test_bad_input(tmp_path, fails, world):
+    out = ["--out", tmp_path / "out", "--ssl", "none"]
+    (tmp_path / "empty").mkdir()
+    fails(prepare.main, [tmp_path / "empty", *out], "no speech found")
+    fails(prepare.main, [tmp_path / "absent", *out], "no such file or folder")
+    table = tmp_path / "m.csv"
+    table.write_text("audio|text\na.wav|hello\n")
+    fails(prepare.main, [table, *out], "has no column speaker", "'audio|text'")
+    table.write_text("audio|speaker|text\na.wav|s\n")
+    fails(prepare.main, [table, *out], "line 2", "expected 3")
+    table.write_bytes("audio|speaker|text\na.wav|s|grün\n".encode("latin-1"))
+    fails(prepare.main, [table, *out], "is not UTF-8")
+    table.write_text("audio|speaker|text\na.wav|s|hello\n")
+    fails(prepare.main, [table, *out], "all 1 clips were dropped", "unreadable")
+    fails(prepare.main, [world.corpus, "--out", tmp_path / "out2", "--ssl", tmp_path / "empty"], "cannot load the SSL model")
+    fails(prepare.main, ["--out", world.data, "--ssl", world.sv], "already holds SSL features of")
+    fails(prepare.main, [world.corpus, "--out", world.data, "--ssl", "none", "--text", "raw"], "was made with other settings")
+    fails(prepare.main, ["--out", world.data, "--ssl", "none", "--vae", world.tts], "holds a DiT, expected a SemanticVAE")
+
+
+def test_manifests_with_a_byte_order_mark_and_crlf(tmp_path):
+    corpus = write_corpus(tmp_path / "in", 3)
+    lines = (corpus / "manifest.csv").read_text()
+    (corpus / "manifest.csv").write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
+    prepare.main([str(corpus), "--out", str(tmp_path / "out"), "--ssl", "none"])
+    assert len(Data(tmp_path / "out").clips) == 3
+
+
+def test_several_manifests(tmp_path):
+    a, b = write_corpus(tmp_path / "a", 3), write_corpus(tmp_path / "b", 4)
+    prepare.main([str(a), str(b / "manifest.csv"), "--out", str(tmp_path / "out"), "--ssl", "none"])
+    assert len(Data(tmp_path / "out").clips) == 7
+
+
+def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, world, monkeypatch):
+    """Stop after every chunk of every pass in turn, and go on: nothing is done twice, nothing is lost."""
+    args = [str(world.corpus), "--ssl", str(world.ssl), "--text", "plain", "--chunk", "2", "--out"]
+    prepare.main([*args, str(tmp_path / "straight")])
+    real, runs = prepare.write_atomic, 0
+
+    def dies_after_a_chunk(path, write):
+        real(path, write)
+        if path.parent.name == "work" and path.suffix == "":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "write_atomic", dies_after_a_chunk)
+    while True:
+        try:
+            prepare.main([*args, str(tmp_path / "out")])
+            break
+        except KeyboardInterrupt:
+            runs += 1
+    assert runs == 3 * 5  # 9 clips in chunks of 2, three passes
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_two_ranks_make_the_same_bytes(tmp_path, world):
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        torchrun("prepare.py", world.corpus, "--out", out, "--ssl", world.ssl, "--vae", world.vae, "--text", "plain", "--chunk", "2", ranks=ranks)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    assert (tmp_path / "1" / "latents.bin").read_bytes() == (tmp_path / "2" / "latents.bin").read_bytes()
+
+
+def test_latents_are_the_posterior_and_their_statistics_standardise_it(world):
+    from model import SemanticVAE
+
+    data, vae = Data(world.data, ("audio", "latents")), SemanticVAE.from_pretrained(world.vae)
+    with torch.no_grad():
+        mean, logvar = vae.encode(data.get("audio", 3)[None])
+    stored = data.get("latents", 3)
+    assert torch.allclose(stored[:, 0], mean[0], atol=2e-3) and torch.allclose(stored[:, 1], logvar[0], atol=1e-2)
+    rows = torch.cat([data.get("latents", i) for i in data.split("train")])
+    torch.manual_seed(0)
+    z = rows[:, 0] + torch.randn(200, *rows[:, 0].shape) * (0.5 * rows[:, 1]).exp()
+    z = (z - torch.tensor(data.meta["latents"]["mean"])) / torch.tensor(data.meta["latents"]["std"])
+    assert z.mean((0, 1)).abs().max() < 0.02 and (z.std((0, 1)) - 1).abs().max() < 0.02
+
+
+def random_encoder(kind: str, folder: Path) -> Path:
+    """Tiny random models of the families that prepare.py is to read."""
+    from transformers import (HubertConfig, HubertModel, SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor,
+                              Wav2Vec2Model, WhisperConfig, WhisperFeatureExtractor, WhisperModel)  # fmt: skip
+
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    conv = dict(conv_dim=(8,) * 7, num_conv_pos_embeddings=15, num_conv_pos_embedding_groups=4)
+    waves = Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=RATE, do_normalize=True, return_attention_mask=kind != "wav2vec2")
+    if kind == "wavlm":
+        return tiny_ssl(folder)
+    if kind == "wav2vec2":  # group norm over time, as the base models have it
+        model, extractor = Wav2Vec2Model(Wav2Vec2Config(**size, **conv)), waves
+    elif kind == "hubert":
+        model, extractor = HubertModel(HubertConfig(**size, **conv, feat_extract_norm="layer", do_stable_layer_norm=True)), waves
+    elif kind == "w2v-bert":
+        model, extractor = Wav2Vec2BertModel(Wav2Vec2BertConfig(**size, feature_projection_input_dim=160)), SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, sampling_rate=RATE, stride=2)
+    else:
+        config = WhisperConfig(d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=64,
+                               pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)  # fmt: skip
+        model, extractor = WhisperModel(config), WhisperFeatureExtractor()
+    model.save_pretrained(folder), extractor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["wavlm", "wav2vec2", "hubert", "w2v-bert", "whisper"])
+def test_ssl_batches_equal_one_by_one(kind, tmp_path):
+    ssl = prepare.SSLModel(str(random_encoder(kind, tmp_path)), layer=-1 if kind != "hubert" else 1)
+    assert ssl.rate == 50 and ssl.width == 32
+    waves = [tone(s, i) for i, s in enumerate((1.0, 1.43, 0.7, 1.0))]
+    lengths = [len(w) for w in waves]
+    batches = ssl.batches(lengths, seconds=10)
+    assert sorted(i for b in batches for i in b) == [0, 1, 2, 3]
+    assert ssl.equal_lengths == (kind == "wav2vec2") and len(batches) == (3 if ssl.equal_lengths else 1)
+    assert ssl.batches(lengths, seconds=1.5) == [[2], [0], [3], [1]]
+    for batch in batches:
+        for i, together in zip(batch, ssl([waves[i] for i in batch])):
+            (alone,) = ssl([waves[i]])
+            assert together.shape == alone.shape and abs(len(alone) - 50 * len(waves[i]) / RATE) <= 1.5
+            assert (together - alone).abs().max() < 1e-4, f"{kind}: {(together - alone).abs().max()}"
+
+
+def test_download_reports_what_cannot_be_fetched(tmp_path, fails, monkeypatch):
+    fails(prepare.main, ["--download", "train-clean-7", "--download-to", tmp_path, "--out", tmp_path / "out"], "cannot download train-clean-7")
+    asked = []
+    monkeypatch.setattr(prepare.torchaudio.datasets, "LIBRITTS", lambda root, url, download: asked.append(url))
+    monkeypatch.setattr(prepare.torchaudio.datasets, "LIBRISPEECH", lambda root, url, download: asked.append(url))
+    folders = prepare.download("dev-clean,librispeech:test-clean", tmp_path)
+    assert asked == ["dev-clean", "test-clean"] and folders == [tmp_path / "LibriTTS" / "dev-clean", tmp_path / "LibriSpeech" / "test-clean"]

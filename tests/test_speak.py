@@ -1,0 +1,224 @@
+"""sample.py and evaluate.py: the prompt's check, lengths, lists, scores, signature, bad input; and the README's commands."""
+
+import json
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from conftest import RATE, ROOT, TTS_FLAGS, VAE_FLAGS, tone, torchrun
+
+import evaluate
+import prepare
+import sample
+import train_tts
+import train_vae
+from evaluate import error_rates, normalize, read_list
+from model import InputError
+from sample import Request, check_prompt, join, split_text, synthesize, target_frames
+
+
+# -------------------------------------------------------------------------------------------------- the parts
+
+
+def test_target_length_follows_the_prompts_rate():
+    request = Request(np.zeros(1), "abcd", "efghijklmn")  # 5 bytes with the space between, then 10
+    assert target_frames(40, request, 40) == 40 + 80 and target_frames(40, request, 40, speed=2) == 40 + 40
+    assert target_frames(2, request, 40) == 5 + 10 + 1  # never fewer frames than symbols
+    assert target_frames(40, Request(np.zeros(1), "ab", "cd", seconds=1.5), 40) == 40 + 60
+    assert target_frames(40, Request(np.zeros(1), "é", "é"), 40) == 40 + 26  # bytes, not characters
+
+
+def test_check_prompt():
+    wave, notes = check_prompt(np.concatenate([np.zeros(RATE), tone(2.5, 0), np.zeros(RATE)]).astype(np.float32), "a" * 30, RATE, 10)
+    assert 2.5 <= len(wave) / RATE <= 2.75 and notes[0].startswith("trimmed 1.") and len(notes) == 1
+    assert check_prompt(np.clip(20 * tone(3, 0), -1, 1), "a" * 40, RATE, 10)[1] == ["it is clipped"]
+    assert "characters a second" in check_prompt(tone(3, 0), "a", RATE, 10)[1][0]
+    for wave, words in ((np.zeros(RATE, np.float32), "is silent"), (tone(12, 0), "limit 10.0 s"), (tone(0.2, 0), "too little"), (np.full(RATE, np.inf, np.float32), "non-finite")):
+        with pytest.raises(InputError, match=words):
+            check_prompt(wave, "text", RATE, 10)
+
+
+def test_split_text_keeps_every_word_and_the_limit():
+    text = "The dog slept. It rained, and rained, and the river rose by the old mill! Was it late? Yes."
+    for limit in (20, 30, 50, 200):
+        pieces = split_text(text, limit)
+        assert " ".join(pieces).split() == text.split() and max(map(len, pieces)) <= limit
+    assert split_text(text, 200) == [text] and split_text(text, 40)[0] == "The dog slept."
+    with pytest.raises(InputError, match="longer than"):
+        split_text("incomprehensibilities", 10)
+
+
+def test_join_does_not_click():
+    a = np.sin(np.arange(8000) / 50).astype(np.float32) * 0.5
+    out = join([a, -a, a], RATE)
+    assert len(out) == 3 * 8000 - 2 * 320 and np.abs(np.diff(out)).max() < 0.02
+
+
+def test_normalize_and_rates():
+    for text, expected in (("Don't stop!", "dont stop"), ("a  b", "a b"), ("“Ja”—so…", "jaso"), ("well-known", "wellknown"), ("50%", "50"), ("A.B.C.", "abc"), ("ÉTÉ", "été")):
+        assert normalize(text) == expected
+    assert error_rates(["a b c d"], ["a x c"]) == {"cer": pytest.approx(3 / 7), "wer": 0.5}
+
+
+# -------------------------------------------------------------------------------------------------- the scripts
+
+
+def say(world, out, *more):
+    args = ["--tts", str(world.tts), "--asr", str(world.ssl), "--ref", str(world.corpus / "audio" / "3.wav"), "--out", str(out), "--steps", "2"]
+    sample.main([*args, *map(str, more)])
+    return sf.read(out, dtype="float32")[0]
+
+
+def test_sample_is_deterministic_and_of_the_planned_length(world, tmp_path, capsys):
+    words = ["--ref-text", "one small bird", "--text", "by the river"]
+    a, b, c = say(world, tmp_path / "a.wav", *words), say(world, tmp_path / "b.wav", *words), say(world, tmp_path / "c.wav", *words, "--seed", 1)
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    out = capsys.readouterr().out
+    assert "real-time factor" in out and "seed 0" in out and "device cpu" in out
+    assert len(say(world, tmp_path / "d.wav", *words, "--duration", "0.7")) == 0.7 * RATE
+    assert len(say(world, tmp_path / "e.wav", *words, "--speed", "0.5")) > 1.5 * len(a)
+
+
+def test_sample_splits_long_text_takes_takes_and_transcribes(world, tmp_path, capsys, monkeypatch):
+    say(world, tmp_path / "a.wav", "--ref-text", "one small bird", "--text", "By the river. One bird sang. By the small river, one small bird sang.", "--takes", 2)
+    out = capsys.readouterr().out
+    assert out.count("piece: ") >= 2 and "take 1 (seed 1): character error rate" in out
+    heard = {"text": "one small bird"}
+    monkeypatch.setattr(evaluate.Recognizer, "__call__", lambda self, wave, rate=RATE: heard["text"])
+    a, b = say(world, tmp_path / "a.wav", "--text", "by the river"), say(world, tmp_path / "b.wav", "--text", "by the river", "--ref-text", "one small bird")
+    assert np.array_equal(a, b) and "the prompt's transcript, by" in capsys.readouterr().out
+    heard["text"] = ""
+    with pytest.raises(InputError, match="the transcript of the prompt is empty"):
+        say(world, tmp_path / "c.wav", "--text", "by the river")
+
+
+def test_what_one_gets_does_not_depend_on_its_batch(world):
+    dit, vae, _ = sample.load(str(world.tts), None, torch.device("cpu"))
+    requests = [Request(tone(1 + 0.2 * i, i), "one small bird", "by the " + "river " * (i + 1)) for i in range(3)]
+    together = synthesize(dit, vae, requests, steps=2)
+    for request, wave in zip(requests, together):
+        alone = synthesize(dit, vae, [request], steps=2)[0]
+        assert len(alone) == len(wave) and np.abs(alone - wave).max() < 1e-4
+
+
+def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys):
+    out = tmp_path / "generated"
+    args = ["--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--out", str(out), "--steps", "2"]
+    sample.main(args)
+    waves = {p.name: p.read_bytes() for p in out.glob("*.wav")}
+    assert sorted(waves) == ["2.wav", "3.wav", "4.wav"]
+    (out / "3.wav").unlink()
+    sample.main(args)
+    assert {p.name: p.read_bytes() for p in out.glob("*.wav")} == waves and "2 there already" in capsys.readouterr().out
+    score = ["--list", world.corpus / "test.lst", "--generated", out, "--reconstruct", world.vae, "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "scores.csv"]
+    evaluate.main([str(a) for a in score])
+    table = capsys.readouterr().out
+    assert [line.split()[0] for line in table.splitlines()[:5]] == ["system", "original", "reconstruction", "synthesis", "signature:"]
+    for word in ("n=3", "asr=ssl@sha256:", "sim=sv@sha256:", "normalizer=seed-tts-eval", "seed=0", "steps=2", "cfg=2", "vae="):
+        assert word in table
+    lines = (tmp_path / "scores.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * 3 and lines[0] == "system,utterance,wer,sim,mel,stft,reference,hypothesis"
+
+
+def test_two_ranks_sample_and_score_the_same(world, tmp_path):
+    tables = []
+    for ranks in (1, 2):
+        out = tmp_path / f"generated{ranks}"
+        torchrun("sample.py", "--tts", world.tts, "--list", world.corpus / "test.lst", "--out", out, "--steps", "2", "--batch-size", "1", ranks=ranks)
+        table = torchrun("evaluate.py", "--list", world.corpus / "test.lst", "--generated", out, "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", ranks=ranks)
+        tables.append([line for line in table.splitlines() if line.startswith(("original", "synthesis"))])
+    assert len(tables[0]) == 2 and tables[0] == tables[1]
+    for name in ("2.wav", "3.wav", "4.wav"):
+        assert (tmp_path / "generated1" / name).read_bytes() == (tmp_path / "generated2" / name).read_bytes()
+
+
+def test_bad_input(world, tmp_path, fails):
+    ref, words = world.corpus / "audio" / "3.wav", ["--ref-text", "one small bird", "--text", "by the river"]
+    out = tmp_path / "out.wav"
+    out.write_bytes(b"precious")
+    run = lambda *args: ["--tts", world.tts, "--asr", world.ssl, "--steps", "1", "--out", out, *args]
+    fails(sample.main, run("--ref", tmp_path / "no.wav", *words), "cannot read")
+    fails(sample.main, run("--ref", world.corpus / "manifest.csv", *words), "cannot read", "manifest.csv")
+    sf.write(tmp_path / "long.wav", tone(5, 0), RATE)
+    fails(sample.main, run("--ref", tmp_path / "long.wav", *words), "limit", "cut audio and transcript together")
+    sf.write(tmp_path / "silent.wav", np.zeros(RATE), RATE)
+    fails(sample.main, run("--ref", tmp_path / "silent.wav", *words), "silent")
+    sf.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    fails(sample.main, run("--ref", tmp_path / "empty.wav", *words), "holds no samples")
+    fails(sample.main, run("--ref", ref, "--ref-text", "one", "--text", "..."), "the text is empty")
+    fails(sample.main, run("--ref", ref), "give --text")
+    fails(sample.main, ["--tts", world.vae, "--ref", ref, *words, "--out", out], "holds a SemanticVAE, expected a DiT")
+    fails(sample.main, ["--tts", tmp_path / "none", "--ref", ref, *words, "--out", out], "no folder")
+    other = tmp_path / "other"
+    train_vae.main(["--data", str(world.data), "--out", str(other), *VAE_FLAGS, "--seed", "5"])
+    fails(sample.main, run("--ref", ref, *words, "--vae", other), "was trained on the latents of VAE")
+    broken = tmp_path / "broken"
+    shutil.copytree(world.tts, broken)
+    (broken / "model.safetensors").write_bytes((world.tts / "model.safetensors").read_bytes()[:-9])
+    fails(sample.main, ["--tts", broken, "--ref", ref, *words, "--out", out], "cannot read", "model.safetensors")
+    assert out.read_bytes() == b"precious"
+
+    score = ["--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--list"]
+    fails(evaluate.main, [*score, world.corpus / "test.lst", "--generated", tmp_path], "lacks 3 of 3 wavs", "sample.py")
+    (tmp_path / "bad.lst").write_text("a\tb\tc\n")
+    fails(evaluate.main, [*score, tmp_path / "bad.lst"], "six tab-separated columns")
+    fails(evaluate.main, [*score, world.corpus / "test.lst", "--audio", tmp_path], "no recording audio/0.wav")
+    fails(evaluate.main, [*score[:2], "--sim", tmp_path / "bad.lst", "--list", world.corpus / "test.lst"], "cannot load the speaker model")
+
+
+# -------------------------------------------------------------------------------------------------- the README
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    return [c.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() for c in line.split("&&") if c.strip() and not c.strip().startswith("#")]
+
+
+def test_every_readme_command_runs(world, tmp_path, monkeypatch):
+    """Each command of the README, in order, in one folder, with tiny settings: the demo's and the paper's recipe alike.
+
+    Replaced are only sizes (added flags), models that would be downloaded, and the corpora, whose layouts are made up."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(5):
+        folder = tmp_path / "downloads" / "LibriTTS" / "train-clean-100" / "19" / "198"
+        folder.mkdir(parents=True, exist_ok=True)
+        sf.write(folder / f"19_198_{i}.wav", tone(1.5, i), RATE)
+        (folder / f"19_198_{i}.normalized.txt").write_text("by the river", encoding="utf-8")
+        folder = tmp_path / "LibriSpeech" / "test-clean" / "4992" / "23283"
+        folder.mkdir(parents=True, exist_ok=True)
+        sf.write(folder / f"4992-23283-000{i}.flac", tone(1.4, i), RATE)
+    (tmp_path / "librispeech_pc_test_clean_cross_sentence.lst").write_text("".join(
+        f"4992-23283-000{a}\t1.4\tOne small bird.\t4992-23283-000{b}\t1.4\tBy the river.\n" for a, b in ((0, 1), (1, 2), (2, 0))), encoding="utf-8")  # fmt: skip
+    sf.write(tmp_path / "voice.wav", tone(1.2, 0), RATE)
+    monkeypatch.setattr(prepare, "download", lambda subsets, root: [root / "LibriTTS" / s for s in subsets.split(",") if (root / "LibriTTS" / s).exists()])
+    shutil.copytree(world.corpus, tmp_path / "demo" / "corpus")
+    for module in (prepare, sample, evaluate, train_tts):  # the demo's corpus, small
+        monkeypatch.setattr(module, "DEMO", tmp_path / "demo")
+    shutil.copytree(world.ssl, tmp_path / "demo" / "ssl"), shutil.copytree(world.sv, tmp_path / "demo" / "sv")
+    models = {"microsoft/wavlm-large": world.ssl, "openai/whisper-large-v3": world.ssl, "openai/whisper-base.en": world.ssl, "microsoft/wavlm-base-plus-sv": world.sv, "--preset paper": "--preset demo",
+              "--preset small": "--preset demo"}  # fmt: skip
+    tiny = {"train_vae.py": VAE_FLAGS, "train_tts.py": TTS_FLAGS, "sample.py": ["--steps", "2"], "prepare.py": [], "evaluate.py": []}
+    mains = {"train_vae.py": train_vae.main, "train_tts.py": train_tts.main, "sample.py": sample.main, "prepare.py": prepare.main, "evaluate.py": evaluate.main}
+    done = []
+    for command in readme_commands():
+        for name, stand_in in models.items():
+            command = command.replace(name, str(stand_in))
+        words = shlex.split(command)
+        script = next((w for w in words if w in mains), None)
+        if script is None:
+            assert words[0] in ("git", "cd", "pip", "python", "bash") and ("python" != words[0] or words[1:] == ["-m", "pytest", "-q", "tests"]), command
+            continue
+        args = words[words.index(script) + 1 :]
+        resume = "--resume" in args
+        out = next((tmp_path / args[i + 1] for i, a in enumerate(args) if a == "--out"), None)
+        if script.startswith("train") and not resume and (out or tmp_path / "runs" / script[6:9]).exists():
+            shutil.rmtree(out or tmp_path / "runs" / script[6:9])  # the same recipe for another number of GPUs
+        mains[script]([*args, *tiny[script]] if not resume else args)
+        done.append(script)
+    assert set(done) == set(mains) and len(done) >= 10
+    assert (tmp_path / "sample.wav").exists() and json.loads((tmp_path / "runs" / "tts" / "config.json").read_text())["model"] == "DiT"

@@ -1,0 +1,219 @@
+"""Both trainings: exact resumption, any number of ranks, accumulation, data that is a pure function of the step, bad input."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TTS_FLAGS, VAE_FLAGS, torchrun
+from safetensors.torch import load_file
+
+import train_tts
+import train_vae
+from model import PRESETS, DiT, SemanticVAE, VAEConfig
+from prepare import Data
+from train_tts import MicroBatches, Utterances
+from train_vae import Crops, Discriminators, MelDistance
+
+
+def rows(folder):
+    return list(csv.DictReader(open(folder / "log.csv", encoding="utf-8")))
+
+
+def flags(base, **changes):
+    """A list of flags with some values replaced or added."""
+    merged = dict(zip(base[::2], base[1::2])) | {"--" + k.replace("_", "-"): str(v) for k, v in changes.items()}
+    return [x for pair in merged.items() for x in pair]
+
+
+VAE = lambda world, out, **changes: ["--data", str(world.data), "--out", str(out), *flags(VAE_FLAGS, **changes)]
+TTS = lambda world, out, **changes: ["--data", str(world.data), "--out", str(out), "--asr", "none", *flags(TTS_FLAGS, **changes)]
+
+
+@pytest.mark.parametrize("train, args, changes", [(train_vae, VAE, dict(micro_batch=2, adv_start=0)), (train_tts, TTS, dict(micro_seconds=3))])
+def test_resumed_training_equals_straight_training(train, args, changes, world, tmp_path):
+    """4 steps equal 2 + resume + 2, bit for bit, with accumulation, EMA and (VAE) discriminators; log.csv has each row once."""
+    train.main(args(world, tmp_path / "straight", steps=4, eval_every=2, **changes))
+    # A run that stops after step 3, with its last checkpoint at step 2: what a crash leaves.
+    real = train.write_atomic
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+
+        def dies_at_the_second_checkpoint(path, write):
+            if path.name == "state.pt" and seen.append(path) is None and len(seen) == 2:
+                raise KeyboardInterrupt
+            real(path, write)
+
+        patch.setattr(train, "write_atomic", dies_at_the_second_checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(args(world, tmp_path / "broken", steps=4, eval_every=2, **changes))
+    train.main(["--resume", "--out", str(tmp_path / "broken")])
+    for name in ("model.safetensors",):
+        a, b = (load_file(tmp_path / run / name) for run in ("straight", "broken"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("straight", "broken"))
+    flat = lambda x: [x] if torch.is_tensor(x) else [t for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else []) for t in flat(v)]
+    assert len(flat(a)) > 100 and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
+    clean = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / run)]
+    assert clean("straight") == clean("broken") and [r["step"] for r in rows(tmp_path / "broken")] == list("1234")
+
+
+@pytest.mark.parametrize("script, args, changes", [("train_vae.py", VAE, dict(adv_start=0)), ("train_tts.py", TTS, {})])
+def test_two_ranks_and_accumulation_equal_one(script, args, changes, world, tmp_path):
+    """One rank, one rank with two micro-batches, and two ranks: the same losses and weights, to float tolerance."""
+    train = train_vae if script == "train_vae.py" else train_tts
+    small = dict(micro_batch=2) if script == "train_vae.py" else dict(micro_seconds=3)
+    train.main(args(world, tmp_path / "one", **changes))
+    train.main(args(world, tmp_path / "accumulated", **changes, **small))
+    torchrun(script, *args(world, tmp_path / "two", **changes))
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    for other in ("accumulated", "two"):
+        for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / other), strict=True):
+            for key in set(a) - {"seconds"}:
+                assert a[key] == b[key] or float(a[key]) == pytest.approx(float(b[key]), rel=2e-2), (other, a["step"], key)
+            assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=2e-3)
+        found = load_file(tmp_path / other / "model.safetensors")
+        assert max((found[k] - expected[k]).abs().max().item() for k in expected) < 2.5e-3  # Adam's first steps have size lr: signs of tiny gradients may differ
+        mean = sum((found[k] - expected[k]).abs().sum().item() for k in expected) / sum(v.numel() for v in expected.values())
+        assert mean < 1e-5, mean
+
+
+def test_crops_are_a_pure_function_of_their_number_and_stay_inside_the_clip(world):
+    data, config = Data(world.data, ("audio", "ssl")), VAEConfig(latent_dim=8)
+    a, b = (Crops(data, config, 0.5, seed, True) for seed in (3, 3))
+    assert a.grid == 4 and a.frames == 20
+    for k in (0, 5, 17, 40):
+        x, y = a[k], b[k]
+        assert all(torch.equal(x[name], y[name]) for name in x) and x["valid"].all()
+        assert x["wave"].shape == (8000,) and x["noise"].shape == (20, 8) and x["ssl"].shape == (25, 32)
+    assert sorted(a.clips[i] for i in a.order(0)) == a.clips and list(a.order(0)) != list(a.order(1))
+    # The crop's features are those of the same moments: its place in the clip, found by its audio.
+    clip = a.clips[a.order(0)[5]]
+    whole, start = data.get("audio", clip), None
+    for start in range(0, len(whole) - 8000 + 1, 1600):
+        if torch.equal(whole[start : start + 8000], a[5]["wave"]):
+            break
+    features = data.get("ssl", clip)[start // 320 : start // 320 + 25]
+    assert torch.equal(a[5]["ssl"][: len(features)], features)
+    long = Crops(data, config, 5.0, 3, True)[0]  # longer than the clip: silence behind it, marked as such
+    assert not long["wave"][long["valid"].sum() * 400 :].any() and 30 < long["valid"].sum() < 100
+
+
+def test_steps_share_out_every_clip_once_an_epoch(world):
+    data = Data(world.data, ("latents",))
+    for join in (1, 2):
+        examples = Utterances(data, "train", 3, join, seed=1)
+        epoch = [run for step in range(examples.groups) for run in examples.step(step)]
+        assert sorted(i for run in epoch for i in run) == examples.clips
+        assert all(len({data.clips[i]["speaker"] for i in run}) == 1 and len(run) <= join for run in epoch)
+        assert examples.step(0) == Utterances(data, "train", 3, join, seed=1).step(0)
+        for world_size in (1, 2):  # the ranks' parts make up the step
+            parts = [p for rank in range(world_size) for p in MicroBatches(examples, 0, 1, 1.5, rank, world_size).parts(0)]
+            assert [run for part in parts for run in part] == examples.step(0)
+
+
+def test_draws_follow_the_paper(world):
+    data = Data(world.data, ("latents",))
+    examples = Utterances(data, "train", 3, 1, seed=1)
+    items = [examples[(step, [i])] for step in range(150) for i in examples.clips]
+    share = np.mean([float(i["drop_text"]) for i in items])
+    assert 0.15 < share < 0.25 and all(i["drop_prompt"] or not i["drop_text"] for i in items)
+    assert abs(np.mean([float(i["drop_prompt"]) for i in items]) - (0.2 + 0.8 * 0.3)) < 0.05
+    spans = np.array([i["span"].float().mean().item() for i in items])
+    assert 0.65 < spans.min() < 0.75 and 0.95 < spans.max() <= 1 and 0.82 < spans.mean() < 0.87
+    assert all(i["span"].int().diff().abs().sum() <= 2 for i in items)  # one contiguous span
+    assert abs(np.mean([i["t"].item() for i in items]) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_losses_are_finite_with_finite_gradients_even_on_digital_silence(silent):
+    torch.manual_seed(0)
+    real = torch.zeros(2, 8000) if silent else torch.randn(2, 8000)
+    fake = torch.zeros(2, 8000, requires_grad=True)
+    discriminators = Discriminators(0.0625)
+    adversarial, matching = train_vae.generator_losses(discriminators(fake), discriminators(real))
+    loss = MelDistance(16000)(fake, real) + adversarial + matching
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(fake.grad).all()
+
+
+def test_training_lowers_its_losses(world, tmp_path):
+    """A few dozen steps on six clips: the mel distance and the flow-matching loss both fall."""
+    train_vae.main(VAE(world, tmp_path / "vae", steps=30, eval_every=30, log_every=5, adv_start=99))
+    mel = [float(r["mel"]) for r in rows(tmp_path / "vae")]
+    assert mel[-1] < 0.8 * mel[0], mel
+    train_tts.main(TTS(world, tmp_path / "tts", steps=30, eval_every=30, log_every=5, warmup=3))
+    valid = [float(r["valid_loss"]) for r in rows(tmp_path / "tts") if r["valid_loss"]]
+    assert len(valid) == 2 and valid[-1] < 0.97 * valid[0], valid
+
+
+def test_vanilla_and_other_widths_are_one_flag_each(world, tmp_path):
+    train_vae.main(VAE(world, tmp_path / "vanilla", align_weight=0, latent_dim=8, steps=1, eval_every=1))
+    vae = SemanticVAE.from_pretrained(tmp_path / "vanilla")
+    assert vae.projectors is None and vae.config.latent_dim == 8 and rows(tmp_path / "vanilla")[0]["align"] == ""
+
+
+def test_fine_tuning_starts_from_the_given_weights(world, tmp_path):
+    train_vae.main(VAE(world, tmp_path / "vae", steps=1, eval_every=1, lr=1e-9) + ["--init", str(world.vae)])
+    a, b = load_file(world.vae / "model.safetensors"), load_file(tmp_path / "vae" / "model.safetensors")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
+    train_tts.main(TTS(world, tmp_path / "tts", steps=2, lr=1e-9) + ["--init", str(world.tts)])
+    a, b = load_file(world.tts / "model.safetensors"), load_file(tmp_path / "tts" / "model.safetensors")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
+
+
+@pytest.mark.parametrize("bf16", [True])
+def test_compile_that_cannot_run_says_so_and_goes_on(world, tmp_path, monkeypatch, capsys, bf16):
+    def broken(module, **options):
+        raise RuntimeError("Cannot find a working triton installation")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    train_vae.main(VAE(world, tmp_path / "vae", steps=1, eval_every=1) + ["--compile"])
+    out = capsys.readouterr().out
+    assert "torch.compile cannot run here (RuntimeError: Cannot find a working triton" in out and (tmp_path / "vae" / "model.safetensors").exists()
+
+
+def test_paper_presets_take_a_step(world, tmp_path):
+    """The full-size networks and discriminators, one update on a tiny batch."""
+    train_vae.main(VAE(world, tmp_path / "vae", preset="paper", batch_seconds=0.4, crop=0.4, steps=1, eval_every=1, adv_start=0, eval_clips=1))
+    vae = SemanticVAE.from_pretrained(tmp_path / "vae")
+    assert vae.config == VAEConfig(ssl_dim=32)  # the test's teacher is narrower than WavLM-Large
+    assert sum(p.numel() for p in Discriminators().parameters()) == sum(np.prod(s) for s in json.load(open(train_vae.Path(__file__).parent / "golden" / "losses.json"))["state_dict"].values())
+    train_tts.main(TTS(world, tmp_path / "tts", preset="paper", batch_seconds=3, steps=2, eval_every=2, eval_sentences=1))
+    dit = DiT.from_pretrained(tmp_path / "tts")
+    assert (dit.config.width, dit.config.depth, dit.config.heads, dit.config.text_dim, dit.config.text_upsample) == (768, 18, 12, 512, False)
+
+
+def test_bad_input(world, tmp_path, fails):
+    out = ["--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as caught:
+        train_vae.main(["--preset", "gigantic"])
+    assert caught.value.code == 2
+    fails(train_vae.main, ["--data", tmp_path, *out], "is not a prepared data folder", "prepare.py")
+    fails(train_vae.main, ["--data", world.data, "--out", world.vae], "already holds a run", "--resume")
+    fails(train_vae.main, [*out, "--resume"], "holds no run to resume")
+    fails(train_tts.main, ["--data", world.data, "--out", world.tts], "already holds a run", "--resume")
+    fails(train_tts.main, ["--data", world.data, *out, "--batch-seconds", "1"], "--batch-seconds 1.0 is less than the longest clip")
+    fails(train_vae.main, ["--data", world.data, *out, "--init", world.tts], "holds a DiT, expected a SemanticVAE")
+
+    copy = tmp_path / "copy"
+    shutil.copytree(world.data, copy)
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "ssl.bin").write_bytes((copy / "ssl.bin").read_bytes()[:-2])
+    fails(train_vae.main, ["--data", copy, *out], "ssl.bin is", "bytes, expected")
+    (copy / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "ssl"}))
+    fails(train_vae.main, ["--data", copy, *out], "holds no ssl", "--ssl MODEL")
+    (copy / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "latents"}))
+    fails(train_tts.main, ["--data", copy, *out], "holds no latents", "--vae RUN")
+    (copy / "meta.json").write_text(json.dumps(meta | {"latents": meta["latents"] | {"vae_hash": "0123"}}))
+    fails(train_tts.main, ["--data", copy, *out], "come from 0123", "prepare.py")
+    (copy / "meta.json").write_text(json.dumps(meta | {"latents": meta["latents"] | {"std": [1e-3] * 16}}))
+    fails(train_tts.main, ["--data", copy, *out], "do not fit their statistics")
+
+    shutil.copytree(world.vae, tmp_path / "vae")
+    whole = (tmp_path / "vae" / "state.pt").read_bytes()
+    (tmp_path / "vae" / "state.pt").write_bytes(whole[: len(whole) // 2])
+    fails(train_vae.main, ["--resume", "--out", tmp_path / "vae"], "cannot resume from")
+    assert (tmp_path / "vae" / "state.pt").read_bytes() == whole[: len(whole) // 2]
