@@ -117,7 +117,7 @@ class Recognizer:
         self.whisper = config.model_type == "whisper"
         model = AutoModelForSpeechSeq2Seq if self.whisper else AutoModelForCTC
         model, self.extractor, self.tokenizer = from_hub("recogniser", name, [model, AutoFeatureExtractor, AutoTokenizer])
-        self.model, self.device = model.to(device).eval(), device
+        self.model, self.device = model.float().to(device).eval(), device
         self.identity = identity(name, config)
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class SpeakerModel:
         from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioXVector
 
         config, self.extractor, model = from_hub("speaker model", name, [AutoConfig, AutoFeatureExtractor, AutoModelForAudioXVector])
-        self.model, self.device, self.identity = model.to(device).eval(), device, identity(name, config)
+        self.model, self.device, self.identity = model.float().to(device).eval(), device, identity(name, config)
 
     @torch.no_grad()
     def __call__(self, wave: np.ndarray, rate: int = 16000) -> np.ndarray:

@@ -396,7 +396,7 @@ class SSLModel:
         self.name, self.layer, self.device = name, layer, device
         self.revision = weights_hash(Path(name)) if Path(name).is_dir() else model.config._commit_hash
         self.whisper = model.config.model_type == "whisper"
-        self.model = (model.get_encoder() if self.whisper else model).to(device).eval()
+        self.model = (model.get_encoder() if self.whisper else model).float().to(device).eval()  # float32, however it is stored
         self.sample_rate = self.extractor.sampling_rate
         # Group norm over time sees padding, and these models were trained without masks: only equal lengths are batched.
         self.equal_lengths = getattr(model.config, "feat_extract_norm", None) == "group"

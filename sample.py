@@ -125,13 +125,19 @@ def split_text(text: str, limit: int) -> list[str]:
     """Pieces of at most `limit` bytes, cut at sentence ends, else at commas, else between words."""
     pieces = [text]
     for pattern in (r"(?<=[.!?。！？])\s*", r"(?<=[,;:，；：])\s*", r"\s+"):
-        parts = [p for piece in pieces for p in ([piece] if len(piece.encode()) <= limit else re.split(pattern, piece)) if p]
-        pieces = []
-        for part in parts:  # join again what fits together
-            if pieces and len(f"{pieces[-1]} {part}".encode()) <= limit:
-                pieces[-1] += " " + part
-            else:
-                pieces.append(part)
+        finer = []
+        for piece in pieces:
+            if len(piece.encode()) <= limit:
+                finer.append(piece)
+                continue
+            parts = [p for p in re.split(pattern, piece) if p]
+            finer.append(parts[0])
+            for part in parts[1:]:  # as few pieces as fit
+                if len(f"{finer[-1]} {part}".encode()) <= limit:
+                    finer[-1] += " " + part
+                else:
+                    finer.append(part)
+        pieces = finer
     if any(len(p.encode()) > limit for p in pieces):
         raise InputError(f"a word of the text is longer than the {limit} characters that fit after this prompt: give a shorter prompt")
     return pieces

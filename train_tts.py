@@ -216,7 +216,7 @@ def main(argv=None):
             raise InputError(f"{args.init} speaks in latents of VAE {dit.config.vae_hash}, {args.data} holds those of {latents['vae_hash']}")
     dit.latent_mean.copy_(train.mean), dit.latent_std.copy_(train.std)
     dit.to(device)
-    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.lr, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.lr, fused=True)
     ema, first = copy.deepcopy(dit).eval().requires_grad_(False), 0
     if args.resume:
         state = load_state(args.out / "state.pt")

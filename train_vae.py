@@ -308,6 +308,20 @@ def require_finite(norm: torch.Tensor, losses: dict, step: int) -> None:
 
 
 @torch.no_grad()
+def unit_latents(vae: SemanticVAE, waves: torch.Tensor, noise: float = 0.2) -> None:
+    """Data-dependent initialisation (after arXiv 1602.07868): over `waves` [B, T] the posterior's mean gets zero mean and
+    unit variance a channel, its standard deviation becomes about `noise`.
+
+    PyTorch's default initialisation gives means that hardly vary (0.08) under noise of 1, and thousands of steps pass before
+    the decoder hears anything through them. Long runs can afford that; the demo's few hundred steps cannot."""
+    mean, _ = vae.encode(waves)
+    centre, scale = mean.mean((0, 1)), mean.std((0, 1))
+    vae.fc_mu.weight /= scale[:, None]
+    vae.fc_mu.bias.copy_((vae.fc_mu.bias - centre) / scale)
+    vae.fc_var.bias += 2 * math.log(noise)
+
+
+@torch.no_grad()
 def evaluate(vae: SemanticVAE, data: Data, clips: list[int], mel: MelDistance, device, folder: Path, step: int) -> dict:
     """Mean mel and STFT distance of whole validation clips, reconstructed from the posterior's mean and written as wav files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -344,6 +358,9 @@ def parse_args(argv=None):
     parser.add_argument("--micro-batch", type=int, default=8, help="crops a rank handles at once: lower it if memory runs out (default %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-4, help="of both optimisers, whatever the number of ranks (default %(default)s)")
     parser.add_argument("--lr-decay", type=float, default=0.999996, help="factor a step (default %(default)s)")
+    parser.add_argument("--encoder-lr", type=float, default=1, help="factor on --lr for all but decoder and alignment head (default %(default)s)")
+    parser.add_argument("--encoder-warmup", type=int, default=0, help="steps in which it rises from 0 (default %(default)s)")
+    parser.add_argument("--unit-latents", action=argparse.BooleanOptionalAction, default=False, help="begin with informative latents: see unit_latents()")
     parser.add_argument("--clip", type=float, default=10, help="largest gradient norm, of both networks (default %(default)s)")
     parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
     parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
@@ -374,8 +391,14 @@ def main(argv=None):
     if vae.config.sample_rate != data.rate:
         raise InputError(f"the VAE works at {vae.config.sample_rate} Hz, {args.data} holds {data.rate} Hz")
     vae.to(device)
+    crops = Crops(data, vae.config, args.crop, args.seed, with_ssl)
+    if args.unit_latents and not args.init:
+        unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
     discriminators, mel = Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
-    optimizer, optimizer_d = (torch.optim.AdamW(m.parameters(), lr=args.lr, betas=(0.8, 0.99), fused=device.type == "cuda") for m in (vae, discriminators))
+    decoding = [p for name, p in vae.named_parameters() if name.startswith(("decoder.", "projectors."))]
+    encoding = [p for name, p in vae.named_parameters() if not name.startswith(("decoder.", "projectors."))]
+    adamw = lambda groups: torch.optim.AdamW(groups, lr=args.lr, betas=(0.8, 0.99), fused=True)
+    optimizer, optimizer_d = adamw([dict(params=decoding), dict(params=encoding)]), adamw(discriminators.parameters())
     ema, first = copy.deepcopy(vae).eval().requires_grad_(False), 0
     if args.resume:
         state = load_state(args.out / "state.pt")
@@ -384,7 +407,6 @@ def main(argv=None):
         first = state["step"]
 
     # ---- the global batch, shared between ranks and micro-batches
-    crops = Crops(data, vae.config, args.crop, args.seed, with_ssl)
     seconds = crops.frames * vae.config.hop / data.rate
     per_step = max(1, round(args.batch_seconds / seconds))
     if per_step % world:
@@ -424,6 +446,7 @@ def main(argv=None):
         rate = args.lr * args.lr_decay**step  # pure functions of the step: resuming needs no scheduler state
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = rate
+        optimizer.param_groups[1]["lr"] = rate * args.encoder_lr * min(1, (step + 1) / max(1, args.encoder_warmup))
         adversarial = args.adv_weight > 0 and step >= args.adv_start
         batches = [{k: v.to(device, non_blocking=True) for k, v in next(loader).items()} for _ in range(accumulate)]
         # One micro-batch: its forward pass serves both steps. Several: the fakes for the discriminators are made first, without a graph.
