@@ -76,7 +76,7 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
     waves = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: totals[i])
     for batch in progress([order[i : i + batch_size] for i in range(0, len(order), batch_size)]):
-        draw = lambda i: torch.randn(totals[i], config.latent_dim, generator=torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(requests[i].text.encode())))
+        draw = lambda i: torch.randn(totals[i], config.latent_dim, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {requests[i].text}".encode())))
         pad = lambda tensors, value=0.0: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
         noise, text = pad([draw(i) for i in batch]), pad([to_bytes(f"{requests[i].prompt_text} {requests[i].text}") for i in batch], -1)
         prompt = torch.zeros_like(noise)
