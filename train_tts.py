@@ -43,7 +43,7 @@ class Utterances(torch.utils.data.Dataset):
         latents = data.meta["latents"]
         self.mean, self.std = torch.tensor(latents["mean"]), torch.tensor(latents["std"])
         self.frames, self.rate = data.counts("latents"), data.rate / latents["hop"]
-        self.groups = max(1, round(sum(self.frames[i] for i in self.clips) / self.rate / batch_seconds))  # steps in an epoch
+        self.groups = max(1, int(sum(self.frames[i] for i in self.clips) / self.rate / batch_seconds))  # steps in an epoch
         self.cache = (None, None)
 
     def examples(self, rng) -> list[list[int]]:
@@ -196,18 +196,17 @@ def main(argv=None):
     train, valid = (Utterances(data, split, args.batch_seconds, args.join, args.seed) for split in ("train", "valid"))
     if not train.clips or not valid.clips:
         raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips: both are needed")
-    longest = max(train.frames[i] for i in train.clips) / train.rate
-    if args.batch_seconds < longest:
-        raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest clip, {longest:.1f} s")
+    longest = float(sum(sorted(train.frames[i] for i in train.clips)[-args.join :]) / train.rate)
+    if args.batch_seconds < longest:  # else some steps would have nothing to learn from
+        raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest example, {longest:.1f} s")
     vae_folder = args.vae or latents["vae"]
     vae = SemanticVAE.from_pretrained(vae_folder).to(device)
     if vae.content_hash() != latents["vae_hash"]:
         raise InputError(f"{vae_folder} is VAE {vae.content_hash()}, the latents in {args.data} come from {latents['vae_hash']}: run python prepare.py --out {args.data} --vae {vae_folder}")
 
     # ---- network and optimiser
-    join_frames = sorted(train.frames[i] for i in train.clips)[-args.join :]
     facts = dict(latent_dim=latents["dim"], sample_rate=data.rate, hop=latents["hop"], text=data.meta["text"],
-                 max_seconds=float(sum(join_frames) / train.rate), vae_hash=latents["vae_hash"])  # fmt: skip
+                 max_seconds=longest, vae_hash=latents["vae_hash"])  # fmt: skip
     settings = PRESETS[args.preset]["dit"] | facts | ({} if args.text_upsample is None else dict(text_upsample=args.text_upsample))
     dit = DiT(DiTConfig(**settings))
     if args.init:

@@ -36,16 +36,17 @@ def test_output_is_as_long_as_input_for_every_remainder_of_the_hop():
     vae, hop = build(SemanticVAE, TINY_VAE), TINY_VAE.hop
     assert hop == 400
 
-    def shapes(samples, device):
-        mean, _ = vae.encode(torch.zeros(1, samples, device=device))
+    def shapes(samples):
+        mean, _ = vae.encode(torch.zeros(1, samples))
         return [mean.shape, vae.decode(mean, samples).shape]
 
     for samples in (801, 1199, 1200):
-        assert shapes(samples, "cpu") == [(1, 3, 8), (1, samples)]
+        assert shapes(samples) == [(1, 3, 8), (1, samples)]
     assert vae.decode(torch.zeros(1, 3, 8)).shape == (1, 1200)
-    vae.to("meta")  # only shapes: quick enough for every length
+    shallow = VAEConfig(encoder_dim=4, latent_dim=8, decoder_dim=16, decoder_rates=(20, 20), decoder_kernels=(20, 20), resblock_kernels=(3,), ssl_dim=0)
+    vae = build(SemanticVAE, shallow)  # a shallow decoder: quick enough for every length
     for samples in range(hop, 2 * hop):
-        assert shapes(samples, "meta") == [(1, math.ceil(samples / hop), 8), (1, samples)]
+        assert shapes(samples) == [(1, math.ceil(samples / hop), 8), (1, samples)]
 
 
 @torch.no_grad()
