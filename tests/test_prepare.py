@@ -207,7 +207,8 @@ def test_ssl_batches_equal_one_by_one(kind, tmp_path):
 
 
 def test_download_reports_what_cannot_be_fetched(tmp_path, fails, monkeypatch):
-    fails(prepare.main, ["--download", "train-clean-7", "--download-to", tmp_path, "--out", tmp_path / "out"], "cannot download train-clean-7")
+    fails(prepare.main, ["--download", "train-clean-7", "--download-to", tmp_path, "--out", tmp_path / "out", "--ssl", "none"], "cannot download train-clean-7")
+    fails(prepare.main, [tmp_path, "--out", tmp_path / "out"], "name the teacher with --ssl")
     asked = []
     monkeypatch.setattr(prepare.torchaudio.datasets, "LIBRITTS", lambda root, url, download: asked.append(url))
     monkeypatch.setattr(prepare.torchaudio.datasets, "LIBRISPEECH", lambda root, url, download: asked.append(url))
