@@ -27,6 +27,7 @@ import shutil
 import sys
 import unicodedata
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -553,11 +554,11 @@ def main(argv=None):
         fill_latents(args, out, rank, world, device)
     if rank == 0:
         meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-        reasons = [line.rpartition("\t")[2] for line in (out / "dropped.tsv").read_text(encoding="utf-8").splitlines()]
-        for line in (out / "dropped.tsv").read_text(encoding="utf-8").splitlines() if len(reasons) <= 20 else []:
-            print("dropped", line.replace("\t", ": "))
-        for why in sorted(set(reasons)):
-            print(f"dropped {reasons.count(why)}: {why} (listed in {out / 'dropped.tsv'})")
+        dropped = [line.split("\t") for line in (out / "dropped.tsv").read_text(encoding="utf-8").splitlines()]
+        for name, why in dropped[:20]:
+            print(f"dropped {name}: {why}")
+        for why, count in sorted(Counter(why for _, why in dropped).items()):
+            print(f"dropped {count}: {why} (all listed in {out / 'dropped.tsv'})")
         has = ", ".join(f"{name} {meta[name]['shape']}" for name in ("audio", "ssl", "latents") if name in meta)
         print(f"{out}: {meta['clips']} clips, {meta['hours']:.2f} hours, {meta['speakers']} speakers; {has}")
 

@@ -162,7 +162,7 @@ def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
 
 def say(args, dit, vae, device) -> None:
     """One text in one voice."""
-    rate, hop, limit = dit.config.sample_rate, dit.config.hop, dit.config.max_seconds
+    rate, limit = dit.config.sample_rate, dit.config.max_seconds
     asr = Recognizer(args.asr, device) if not args.ref_text or args.takes > 1 else None
     wave = read_audio(args.ref, rate)
     ref_text = normalize_text(args.ref_text or asr(wave, rate), dit.config.text)

@@ -15,7 +15,6 @@ import copy
 import csv
 import json
 import math
-import os
 import time
 from fractions import Fraction
 from pathlib import Path

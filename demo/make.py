@@ -14,7 +14,6 @@ import csv
 import json
 import math
 import random
-import shutil
 import subprocess
 import tempfile
 import time

@@ -17,7 +17,6 @@ import soundfile as sf
 import torch
 
 import prepare
-import sample
 import train_tts
 import train_vae
 

@@ -1,6 +1,5 @@
 """prepare.py: every layout, every reason to drop a clip, exact resumption, ranks, and SSL batches equal to one by one."""
 
-import json
 from fractions import Fraction
 from pathlib import Path
 

@@ -16,7 +16,7 @@ import prepare
 import sample
 import train_tts
 import train_vae
-from evaluate import error_rates, normalize, read_list
+from evaluate import error_rates, normalize
 from model import InputError
 from sample import Request, check_prompt, join, split_text, synthesize, target_frames
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train_tts
 import train_vae
-from model import PRESETS, DiT, SemanticVAE, VAEConfig
+from model import DiT, SemanticVAE, VAEConfig
 from prepare import Data
 from train_tts import MicroBatches, Utterances
 from train_vae import Crops, Discriminators, MelDistance
