@@ -205,11 +205,11 @@ def say_list(args, dit, vae, notes, rank, world, device) -> None:
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != settings:
         raise InputError(f"{args.out} was made with other settings ({stamp.read_text(encoding='utf-8')}): choose another --out")
     prompts = {line.ref: find_audio(root, line.ref) for line in lines}  # all of them, before anything is spent
-    barrier()
+    todo = [line for line in lines[: args.limit] if not (args.out / line.wav).exists()]
+    barrier()  # all ranks have seen the same files before the first is written
     if rank == 0:
+        print(f"{len(lines[: args.limit])} lines, {len(lines[: args.limit]) - len(todo)} there already")
         write_atomic(stamp, lambda p: p.write_text(json.dumps(settings), encoding="utf-8"))
-    todo = [line for line in lines if not (args.out / line.wav).exists()][: args.limit]
-    print(f"rank {rank}: {len(lines)} lines, {len(lines) - len(todo)} there already") if rank == 0 else None
     todo = sorted(todo, key=lambda line: line.ref_seconds + line.gen_seconds)[rank::world]
     start, seconds = time.time(), 0.0
     for i in tqdm(range(0, len(todo), args.batch_size), desc="batches", disable=rank > 0):
@@ -236,7 +236,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, help="wav file, or folder for --list (default: sample.wav, runs/samples)")
     parser.add_argument("--list", type=Path, help="say every line of a list: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated")
     parser.add_argument("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
-    parser.add_argument("--limit", type=int, help="at most so many lines of the list")
+    parser.add_argument("--limit", type=int, help="only the first so many lines of the list")
     parser.add_argument("--steps", type=int, default=32, help="Euler steps (default %(default)s)")
     parser.add_argument("--cfg", type=float, default=2, help="guidance strength (default %(default)s)")
     parser.add_argument("--sway", type=float, default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")
