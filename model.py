@@ -319,11 +319,11 @@ TAPS = lowpass().flatten().tolist()
 
 
 class AntiAliasedSnake(nn.Module):
-    """SnakeBeta at twice the rate, so that the harmonics it adds are filtered out before they alias (BigVGAN, 3.2).
+    """SnakeBeta at twice the rate, so that the harmonics it adds are filtered out before they alias (BigVGAN).
 
     Resampling by two with 12 taps is two stencils. The 2x signal's even and odd phases are 6-tap sums of shifted inputs;
-    each output is a 12-tap sum over both phases. Nothing at twice the rate is ever laid out in memory, and a compiler fuses
-    it all. tests/test_model.py holds the convolution form that this equals."""
+    each output is a 12-tap sum over both phases. The interleaved 2x signal is never formed, and a compiler can fuse
+    the rest. tests/test_model.py holds the convolution form that this equals."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -381,7 +381,7 @@ class Decoder(nn.Module):
 
 
 class AlignmentHead(nn.Module):
-    """SSL features, interpolated to the latent's frame rate and projected *down* to its width (paper, section 2.2)."""
+    """SSL features, interpolated to the latent's frame rate and projected *down* to its width (the paper's semantic alignment)."""
 
     def __init__(self, ssl_dim: int, latent_dim: int):
         super().__init__()
@@ -397,7 +397,7 @@ class AlignmentHead(nn.Module):
 
 
 def alignment_loss(z, target, valid=None):
-    """−cos(z, target) over the features, mean over the valid frames, mean over the batch (paper, equation 3).
+    """−cos(z, target) over the features, mean over the valid frames, mean over the batch (the paper's alignment loss).
 
     z is the *sampled* latent [B, N, D], target the head's output, valid [B, N] marks real frames (all, if None)."""
     cosine = F.cosine_similarity(z, target, dim=-1)  # [B, N]
@@ -724,7 +724,7 @@ def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0,
 
     prompt [B, N, D] holds each prompt's latents in its first prompt_lengths frames; text [B, L] is prompt and target
     text; lengths [B] prompt and target frames. Guidance: v + cfg · (v − v_unconditional). Sway: steps closer to the
-    noise where sway < 0 (F5-TTS, equation 7). `progress` wraps the steps. The prompt is written over the result."""
+    noise where sway < 0 (F5-TTS sway sampling). `progress` wraps the steps. The prompt is written over the result."""
     given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
     prompt = prompt * given
     keep, drop = torch.zeros_like(lengths, dtype=torch.bool), torch.ones_like(lengths, dtype=torch.bool)
