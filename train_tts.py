@@ -180,6 +180,7 @@ def parse_args(argv=None):
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for their error rate: hub id or folder; \"none\" for none (default: the demo's)")
     parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="matrix products in bfloat16 (default: on a GPU)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     return read_args(parser, "train_tts", argv)
 
@@ -241,7 +242,7 @@ def main(argv=None):
             raise InputError(f"the latents in {args.data} do not fit their statistics: run python prepare.py --out {args.data} --vae {vae_folder} again")
 
     # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     with autocast():
         example = [v.to(device) for v in collate([train[(0, run)] for run in train.step(0)[:2]])]
         objective = compiled(Objective(dit), args.compile, *example, dynamic=True)

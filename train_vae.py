@@ -367,6 +367,7 @@ def parse_args(argv=None):
     parser.add_argument("--eval-clips", type=int, default=16, help="validation clips (default %(default)s)")
     parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="matrix products in bfloat16 (default: on a GPU)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     return read_args(parser, "train_vae", argv)
 
@@ -425,12 +426,13 @@ def main(argv=None):
               f"a step is {per_step} crops of {seconds} s: {world} x {accumulate} x {micro}")  # fmt: skip
 
     # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     with autocast():
         example = torch.zeros(micro, crops.frames * vae.config.hop, device=device)
         noise = torch.zeros(micro, crops.frames, vae.config.latent_dim, device=device)
         ssl = torch.zeros(micro, int(crops.frames * crops.ratio), vae.config.ssl_dim, device=device) if with_ssl else None
-        fast_vae, fast_d = compiled(vae, args.compile, example, noise, ssl), compiled(discriminators, args.compile, example)
+        fast_vae = compiled(vae, args.compile, example, noise, ssl)
+        fast_d = compiled(discriminators, args.compile and device.type == "cuda", example)  # on a CPU there is nothing to gain
     wrap = lambda m: DistributedDataParallel(m, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else m
     fast_vae, ddp_d = wrap(fast_vae), wrap(fast_d)
     hold = lambda module, last: contextlib.nullcontext() if last or world == 1 else module.no_sync()

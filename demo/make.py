@@ -4,6 +4,8 @@
     python demo/make.py corpus --voices 96 --out BIG  # more voices and sentences, for training only
     python demo/make.py ssl --data BIG [--data REAL]  # demo/ssl: tiny WavLM with a CTC head: teacher and recogniser
     python demo/make.py sv  --data BIG [--data REAL]  # demo/sv: tiny WavLM x-vector: speaker similarity
+    python demo/make.py export --run RUN --out DIR    # demo/vae and demo/tts: a run's weights in float16, and its log
+    python demo/make.py figure --run A --run B        # demo/curves.svg: two runs' character error rates side by side
 
 flite (a Debian package) speaks the sentences with four voices; their pitch, formants and rate are changed so that every
 voice number is a speaker of its own. Voices 12-15 and one sentence in eight are held out from all training.
@@ -13,8 +15,11 @@ import argparse
 import csv
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import zlib
@@ -290,11 +295,45 @@ def make_sv(args):
     extractor().save_pretrained(args.out)
 
 
+def export(args):
+    """The averaged weights of a run in float16, its settings and its log; a DiT's path to its VAE is made to fit its new place."""
+    sys.path.insert(0, str(HERE.parent))
+    from model import DiT, SemanticVAE
+
+    run, = args.run
+    notes = json.loads((run / "config.json").read_text())
+    kind, _ = {"DiT": DiT, "SemanticVAE": SemanticVAE}[notes.pop("model")], notes.pop("config")
+    if "vae" in notes:
+        notes["vae"] = os.path.relpath((run / notes["vae"]).resolve(), args.out.resolve())
+    kind.from_pretrained(run).save_pretrained(args.out, torch.float16, **notes)
+    for name in ("args.json", "log.csv"):
+        shutil.copy(run / name, args.out / name)
+
+
+def figure(args):
+    """An SVG with one line a run: the character error rate of the fixed sentences against the step. Copies the runs' logs beside it."""
+    width, height, left, colours = 640, 360, 50, ("#1b6ca8", "#c8553d")
+    curves = {run.name: [(int(r["step"]), float(r["cer"])) for r in csv.DictReader(open(run / "log.csv")) if r["cer"]] for run in args.run}
+    last = max(step for points in curves.values() for step, _ in points)
+    x, y = lambda step: left + (width - left - 10) * step / last, lambda cer: 10 + (height - 50) * (1 - min(cer, 1.0))
+    text = lambda px, py, words, more="": f'<text x="{px:.0f}" y="{py:.0f}" {more}>{words}</text>'
+    parts = [f'<path d="M{left} {y(c):.0f}H{width - 10}" stroke="#ddd"/>' + text(left - 6, y(c) + 4, f"{c:.0%}", 'text-anchor="end"') for c in (0, 0.25, 0.5, 0.75, 1)]
+    parts += [text(x(s), height - 22, f"{s:,}", 'text-anchor="middle"') for s in range(0, last + 1, max(1000, round(last / 5, -3)))]
+    parts += [text((left + width) / 2, height - 5, "step", 'text-anchor="middle"')]
+    for i, ((name, points), colour) in enumerate(zip(curves.items(), colours)):
+        line = " ".join(f"{x(step):.1f},{y(cer):.1f}" for step, cer in points)
+        parts += [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>', text(width - 12, 26 + 18 * i, name, f'text-anchor="end" fill="{colour}"')]
+        shutil.copy(args.run[i] / "log.csv", args.out.parent / f"{args.out.stem}-{name}.csv")
+    body = "\n".join(parts)
+    args.out.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n')
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["corpus", "ssl", "sv"])
+    parser.add_argument("what", choices=["corpus", "ssl", "sv", "export", "figure"])
     parser.add_argument("--out", type=Path, help="default: demo/WHAT")
     parser.add_argument("--data", type=Path, action="append", default=[], help="ssl, sv: folder with manifest.csv or metadata.csv; may be repeated")
+    parser.add_argument("--run", type=Path, action="append", help="export, figure: run folder; figure takes two")
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo-make"), help="ssl, sv: where the state to resume from is kept")
     parser.add_argument("--voices", type=int, default=16)
     parser.add_argument("--sentences", type=int, default=66, help="training sentences a voice")
@@ -304,6 +343,6 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.out = args.out or HERE / args.what
+    args.out = args.out or HERE / ("curves.svg" if args.what == "figure" else args.what)
     args.work.mkdir(parents=True, exist_ok=True)
-    {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv}[args.what](args)
+    {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv, "export": export, "figure": figure}[args.what](args)

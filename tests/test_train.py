@@ -60,6 +60,16 @@ def test_resumed_training_equals_straight_training(train, args, changes, world, 
     assert clean("straight") == clean("broken") and [r["step"] for r in rows(tmp_path / "broken")] == list("1234")
 
 
+@pytest.mark.parametrize("train, args", [(train_vae, VAE), (train_tts, TTS)])
+def test_bfloat16_follows_float32(train, args, world, tmp_path):
+    train.main(args(world, tmp_path / "float32"))
+    train.main([*args(world, tmp_path / "bfloat16"), "--bf16"])
+    a, b = ([float(r["loss"]) for r in rows(tmp_path / run)] for run in ("float32", "bfloat16"))
+    assert a == pytest.approx(b, rel=0.05)
+    exact, rounded = (load_file(tmp_path / run / "model.safetensors") for run in ("float32", "bfloat16"))
+    assert all(w.dtype == torch.float32 for w in rounded.values()) and any(not torch.equal(exact[k], rounded[k]) for k in exact)
+
+
 @pytest.mark.parametrize("script, args, changes", [("train_vae.py", VAE, dict(adv_start=0)), ("train_tts.py", TTS, {})])
 def test_two_ranks_and_accumulation_equal_one(script, args, changes, world, tmp_path):
     """One rank, one rank with two micro-batches, and two ranks: the same losses and weights, to float tolerance."""
