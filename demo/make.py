@@ -312,6 +312,7 @@ def export(args):
 
 def figure(args):
     """An SVG with one line a run: the character error rate of the fixed sentences against the step. Copies the runs' logs beside it."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     width, height, left, colours = 640, 360, 50, ("#1b6ca8", "#c8553d")
     curves = {run.name: [(int(r["step"]), float(r["cer"])) for r in csv.DictReader(open(run / "log.csv")) if r["cer"]] for run in args.run}
     last = max(step for points in curves.values() for step, _ in points)
