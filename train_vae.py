@@ -289,8 +289,6 @@ def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
     """The module under torch.compile, tried on an example; itself, with a line that says why, if that fails."""
     if not wanted:
         return module
-    if next(module.parameters()).device.type == "cpu":  # else the compiler computes a sine anew for each of the 12 taps that read it
-        torch._inductor.config.realize_reads_threshold = 1
     try:
         fast = torch.compile(module, dynamic=dynamic)
         fast(*example)
@@ -369,7 +367,7 @@ def parse_args(argv=None):
     parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
     parser.add_argument("--eval-clips", type=int, default=16, help="validation clips (default %(default)s)")
     parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile, of the discriminators only on a GPU (default: on a GPU)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="matrix products in bfloat16 (default: on a GPU)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     return read_args(parser, "train_vae", argv)
@@ -434,8 +432,10 @@ def main(argv=None):
         example = torch.zeros(micro, crops.frames * vae.config.hop, device=device)
         noise = torch.zeros(micro, crops.frames, vae.config.latent_dim, device=device)
         ssl = torch.zeros(micro, int(crops.frames * crops.ratio), vae.config.ssl_dim, device=device) if with_ssl else None
+        if device.type == "cpu":  # else the compiler computes a sine of the activation anew for each of the 12 taps that read it
+            torch._inductor.config.realize_reads_threshold = 1
         fast_vae = compiled(vae, args.compile, example, noise, ssl)
-        fast_d = compiled(discriminators, args.compile and device.type == "cuda", example)  # on a CPU there is nothing to gain
+        fast_d = compiled(discriminators, args.compile and device.type == "cuda", example)
     wrap = lambda m: DistributedDataParallel(m, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else m
     fast_vae, ddp_d = wrap(fast_vae), wrap(fast_d)
     hold = lambda module, last: contextlib.nullcontext() if last or world == 1 else module.no_sync()

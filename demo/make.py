@@ -300,9 +300,10 @@ def export(args):
     sys.path.insert(0, str(HERE.parent))
     from model import DiT, SemanticVAE
 
-    run, = args.run
+    run = args.run[0]
     notes = json.loads((run / "config.json").read_text())
-    kind, _ = {"DiT": DiT, "SemanticVAE": SemanticVAE}[notes.pop("model")], notes.pop("config")
+    kind = {"DiT": DiT, "SemanticVAE": SemanticVAE}[notes.pop("model")]
+    del notes["config"]  # save_pretrained writes it again
     if "vae" in notes:
         notes["vae"] = os.path.relpath((run / notes["vae"]).resolve(), args.out.resolve())
     kind.from_pretrained(run).save_pretrained(args.out, torch.float16, **notes)
@@ -332,9 +333,9 @@ def figure(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["corpus", "ssl", "sv", "export", "figure"])
-    parser.add_argument("--out", type=Path, help="default: demo/WHAT")
+    parser.add_argument("--out", type=Path, help="default: demo/WHAT, for a figure demo/curves.svg; export needs it")
     parser.add_argument("--data", type=Path, action="append", default=[], help="ssl, sv: folder with manifest.csv or metadata.csv; may be repeated")
-    parser.add_argument("--run", type=Path, action="append", help="export, figure: run folder; figure takes two")
+    parser.add_argument("--run", type=Path, action="append", default=[], help="export: a run folder; figure: two, of different names")
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo-make"), help="ssl, sv: where the state to resume from is kept")
     parser.add_argument("--voices", type=int, default=16)
     parser.add_argument("--sentences", type=int, default=66, help="training sentences a voice")
@@ -344,6 +345,10 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if len({run.name for run in args.run}) != len(args.run) or len(args.run) != {"export": 1, "figure": 2}.get(args.what, 0):
+        parser.error("export takes one --run, figure two of different names, the others none")
+    if args.what == "export" and not args.out:
+        parser.error("export needs --out: demo/vae or demo/tts")
     args.out = args.out or HERE / ("curves.svg" if args.what == "figure" else args.what)
     args.work.mkdir(parents=True, exist_ok=True)
     {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv, "export": export, "figure": figure}[args.what](args)
