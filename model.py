@@ -76,7 +76,7 @@ class DiTConfig:
     hop: int = 400
     text: str = "raw"  # how the training text was normalised: see prepare.normalize_text
     max_seconds: float = 30.0  # the longest training utterance: prompt and target together must fit
-    vae_hash: str = ""  # content_hash() of the VAE whose latents these are
+    vae_hash: str = ""  # latents_hash() of the VAE whose latents these are
 
 
 # Training settings use the flags' names. "paper" is the paper's; "demo" runs on two CPU cores in minutes.
@@ -446,13 +446,17 @@ class SemanticVAE(Pretrained):
         target = self.projectors(features, z.shape[1]).float() if self.projectors else None
         return self.decode(z, wave.shape[-1]), z, mean, logvar, target
 
-    def content_hash(self) -> str:
-        """Names these weights (less the alignment head, which no latent depends on) in 16 hex digits."""
+    def content_hash(self, without: tuple[str, ...] = ("projectors.",)) -> str:
+        """Names these weights (less the alignment head, which no sound depends on) in 16 hex digits."""
         digest = hashlib.sha256(json.dumps(asdict(self.config) | {"ssl_dim": 0}).encode())
         for name, value in sorted(self.state_dict().items()):
-            if not name.startswith("projectors."):
+            if not name.startswith(without):
                 digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def latents_hash(self) -> str:
+        """Names the latents: VAEs that differ in their decoder alone (train_vae.py --encoder-lr 0) can decode each other's."""
+        return self.content_hash(without=("projectors.", "decoder."))
 
     @classmethod
     def from_pretrained(cls, name: str | Path):

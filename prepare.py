@@ -468,8 +468,13 @@ def fill_ssl(args, out: Path, rank: int, world: int, device) -> None:
 def fill_latents(args, out: Path, rank: int, world: int, device) -> None:
     """The posterior of every clip, and each channel's mean and standard deviation over the training split."""
     data, vae = Data(out), SemanticVAE.from_pretrained(args.vae)
-    vae_hash = vae.content_hash()
-    if data.meta.get("latents", {}).get("vae_hash") == vae_hash:
+    vae_hash = vae.latents_hash()
+    known = data.meta.get("latents", {})
+    if known.get("vae_hash") == vae_hash:
+        if rank == 0 and known["vae"] != str(args.vae):  # another decoder of the same latents
+            meta = data.meta | dict(latents=known | dict(vae=str(args.vae)))
+            write_atomic(out / "meta.json", lambda p: p.write_text(json.dumps(meta, indent=2), encoding="utf-8"))
+        barrier()
         return
     if vae.config.sample_rate != data.rate:
         raise InputError(f"{args.vae} works at {vae.config.sample_rate} Hz, {out} holds {data.rate} Hz")

@@ -61,8 +61,8 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
         raise InputError(f"{tts} does not say where its VAE is: name it with --vae")
     vae = folder / vae if (folder / vae).is_dir() else vae
     decoder = SemanticVAE.from_pretrained(vae).to(device)
-    if decoder.content_hash() != dit.config.vae_hash:
-        raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is {decoder.content_hash()}: name the right one with --vae")
+    if decoder.latents_hash() != dit.config.vae_hash:
+        raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is {decoder.latents_hash()}: name the right one with --vae")
     return dit, decoder, notes
 
 
@@ -200,7 +200,7 @@ def say(args, dit, vae, device) -> None:
 def say_list(args, dit, vae, notes, rank, world, device) -> None:
     """Every line of a list in LibriSpeech-PC's six columns; wavs that are there already are kept."""
     rate, lines, root = dit.config.sample_rate, read_list(args.list), args.ref_dir or args.list.parent
-    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, sway=args.sway, speed=args.speed, tts_step=notes.get("step"), vae=dit.config.vae_hash)
+    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, sway=args.sway, speed=args.speed, tts_step=notes.get("step"), vae=vae.content_hash())
     stamp = args.out / "settings.json"
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != settings:
         raise InputError(f"{args.out} was made with other settings ({stamp.read_text(encoding='utf-8')}): choose another --out")

@@ -202,8 +202,8 @@ def main(argv=None):
         raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest example, {longest:.1f} s")
     vae_folder = args.vae or latents["vae"]
     vae = SemanticVAE.from_pretrained(vae_folder).to(device)
-    if vae.content_hash() != latents["vae_hash"]:
-        raise InputError(f"{vae_folder} is VAE {vae.content_hash()}, the latents in {args.data} come from {latents['vae_hash']}: run python prepare.py --out {args.data} --vae {vae_folder}")
+    if vae.latents_hash() != latents["vae_hash"]:
+        raise InputError(f"{vae_folder} is VAE {vae.latents_hash()}, the latents in {args.data} come from {latents['vae_hash']}: run python prepare.py --out {args.data} --vae {vae_folder}")
 
     # ---- network and optimiser
     facts = dict(latent_dim=latents["dim"], sample_rate=data.rate, hop=latents["hop"], text=data.meta["text"],

@@ -358,7 +358,7 @@ def parse_args(argv=None):
     parser.add_argument("--micro-batch", type=int, default=8, help="crops a rank handles at once: lower it if memory runs out (default %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-4, help="of both optimisers, whatever the number of ranks (default %(default)s)")
     parser.add_argument("--lr-decay", type=float, default=0.999996, help="factor a step (default %(default)s)")
-    parser.add_argument("--encoder-lr", type=float, default=1, help="factor on --lr for all but decoder and alignment head (default %(default)s)")
+    parser.add_argument("--encoder-lr", type=float, default=1, help="factor on --lr for all but decoder and alignment head; 0: train the decoder alone (default %(default)s)")
     parser.add_argument("--encoder-warmup", type=int, default=0, help="steps in which it rises from 0 (default %(default)s)")
     parser.add_argument("--unit-latents", action=argparse.BooleanOptionalAction, default=False, help="begin with informative latents: see unit_latents()")
     parser.add_argument("--clip", type=float, default=10, help="largest gradient norm, of both networks (default %(default)s)")
@@ -398,6 +398,8 @@ def main(argv=None):
     discriminators, mel = Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
     decoding = [p for name, p in vae.named_parameters() if name.startswith(("decoder.", "projectors."))]
     encoding = [p for name, p in vae.named_parameters() if not name.startswith(("decoder.", "projectors."))]
+    for p in encoding:
+        p.requires_grad_(args.encoder_lr > 0)  # at 0 the latents stay as they are, and with them every DiT trained on them
     adamw = lambda groups: torch.optim.AdamW(groups, lr=args.lr, betas=(0.8, 0.99), fused=True)
     optimizer, optimizer_d = adamw([dict(params=decoding), dict(params=encoding)]), adamw(discriminators.parameters())
     ema, first = copy.deepcopy(vae).eval().requires_grad_(False), 0

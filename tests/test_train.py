@@ -10,6 +10,7 @@ import torch
 from conftest import TTS_FLAGS, VAE_FLAGS, torchrun
 from safetensors.torch import load_file
 
+import prepare
 import train_tts
 import train_vae
 from model import DiT, SemanticVAE, VAEConfig
@@ -173,6 +174,18 @@ def test_fine_tuning_starts_from_the_given_weights(world, tmp_path):
     train_tts.main(TTS(world, tmp_path / "tts", steps=2, lr=1e-9) + ["--init", str(world.tts)])
     a, b = load_file(world.tts / "model.safetensors"), load_file(tmp_path / "tts" / "model.safetensors")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
+
+
+def test_a_decoder_trained_alone_keeps_the_latents(world, tmp_path):
+    train_vae.main(VAE(world, tmp_path, steps=3, eval_every=3, lr=1e-3) + ["--init", str(world.vae), "--encoder-lr", "0"])
+    before, after = SemanticVAE.from_pretrained(world.vae), SemanticVAE.from_pretrained(tmp_path)
+    assert after.latents_hash() == before.latents_hash() and after.content_hash() != before.content_hash()
+    assert all((p != q).any() for (name, p), q in zip(before.named_parameters(), after.parameters()) if name.startswith("decoder.ups"))
+    data = tmp_path / "data"
+    shutil.copytree(world.data, data)
+    latents = (data / "latents.bin").stat().st_mtime_ns
+    prepare.main(["--out", str(data), "--vae", str(tmp_path)])
+    assert json.loads((data / "meta.json").read_text())["latents"]["vae"] == str(tmp_path) and (data / "latents.bin").stat().st_mtime_ns == latents
 
 
 def test_compile_that_cannot_run_says_so_and_goes_on(world, tmp_path, monkeypatch, capsys):
