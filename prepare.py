@@ -69,6 +69,7 @@ def cli(main) -> None:
     """Run main(); an InputError becomes one line and exit code 2."""
     try:
         main()
+        barrier()  # leave together: a rank that exits while Gloo still holds its tensors may be aborted
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss, write_atomic
-from prepare import DEMO, Data, barrier, cli, start_ranks
+from prepare import DEMO, Data, cli, start_ranks
 from sample import Request, synthesize, to_bytes
 from train_vae import Log, Means, compiled, load_state, read_args, require_finite, save_args, update_ema
 
@@ -295,7 +295,6 @@ def main(argv=None):
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
             bar.set_postfix(loss=f"{total.item():.3f}", audio=f"{args.batch_seconds * (done - first) / (time.time() - start):.0f} s/s")
-    barrier()
 
 
 if __name__ == "__main__":

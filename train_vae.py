@@ -32,7 +32,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, write_atomic
-from prepare import Data, barrier, cli, frame_count, start_ranks
+from prepare import Data, cli, frame_count, start_ranks
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -515,7 +515,6 @@ def main(argv=None):
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
             bar.set_postfix(loss=f"{loss.item():.3f}", audio=f"{per_step * seconds * (done - first) / (time.time() - start):.0f} s/s")
-    barrier()
     if rank == 0:
         print(f"{args.out}: {args.steps} steps; its weights are named {ema.content_hash()}")
 
