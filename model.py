@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 
 class InputError(Exception):
@@ -193,6 +194,14 @@ class Pretrained(nn.Module):
 def conv(*args, **kwargs) -> nn.Module:
     """A weight-normalised 1-D convolution."""
     return weight_norm(nn.Conv1d(*args, **kwargs))
+
+
+def fold_weight_norm(module: nn.Module) -> nn.Module:
+    """For inference: every weight as it is after normalisation, no longer computed anew in each pass. Changes state_dict's names."""
+    for part in list(module.modules()):
+        if is_parametrized(part, "weight"):
+            remove_parametrizations(part, "weight")
+    return module
 
 
 class Snake(nn.Module):
@@ -437,6 +446,16 @@ class SemanticVAE(Pretrained):
     def decode(self, z, samples: int | None = None):
         """Latents [B, N, D] → audio [B, samples], float32 within [-1, 1]; N · hop samples if not told."""
         return self.decoder(z.transpose(1, 2))[:, 0, :samples].float()  # [B, T]
+
+    def decode_in_pieces(self, z, piece: int = 400, context: int = 32):
+        """decode(z), `piece` frames at a time, so that memory does not grow with the length. `context` frames either side are
+        more than any sample depends on (27 with the paper's kernels)."""
+        waves = []
+        for start in range(0, z.shape[1], piece):
+            left = min(start, context)
+            wave = self.decode(z[:, start - left : start + piece + context])
+            waves.append(wave[:, left * self.config.hop : (left + piece) * self.config.hop])
+        return torch.cat(waves, dim=1)  # [B, N · hop]
 
     def forward(self, wave, noise, features=None):
         """One training pass: audio [B, T], noise [B, N, D], SSL features [B, S, ssl_dim] → reconstruction [B, T], sampled

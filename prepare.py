@@ -422,7 +422,10 @@ class SSLModel:
             frames = inputs["attention_mask"].sum(1).tolist()
         else:
             frames = [int(self.model._get_feat_extract_output_lengths(torch.tensor(len(w)))) for w in waves]
-        return [s[:n].float().cpu() for s, n in zip(states, frames)]
+        return [s[:n].float() for s, n in zip(states, frames)]
+
+    def facts(self) -> dict:
+        return dict(model=self.name, revision=self.revision, layer=self.layer, dim=self.width, rate=str(self.rate))
 
     def batches(self, lengths: list[int], seconds: float) -> list[list[int]]:
         """Positions grouped by length into batches of at most `seconds` of padded audio."""
@@ -456,9 +459,9 @@ def fill_ssl(args, out: Path, rank: int, world: int, device) -> None:
                 if not torch.isfinite(x).all() or x.abs().max() > 65000:
                     raise InputError(f"{args.ssl} gives features that are not finite in float16 for {data.clips[part[j]]['id']}: take the clip out or choose another --layer")
                 features[j] = torch.cat([x, x[-1:].expand(max(0, counts[part[j]] - len(x)), -1)])[: counts[part[j]]]
-        return offsets[part.start], torch.cat(features).half().numpy()
+        return offsets[part.start], torch.cat(features).half().cpu().numpy()
 
-    entry = dict(model=args.ssl, revision=ssl.revision, layer=args.layer, dim=ssl.width, rate=str(ssl.rate))
+    entry = ssl.facts()
     fill(out, "ssl", entry | dict(chunk=args.chunk), int(offsets[-1]), (ssl.width,), "float16", make, math.ceil(len(counts) / args.chunk), rank, world)
     if rank == 0:
         finish(out, "ssl", dict(entry, shape=[int(offsets[-1]), ssl.width], dtype="float16"))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, find_audio, read_list
 from evaluate import error_rates as asr_error
-from model import DiT, InputError, SemanticVAE, local_folder, sample, write_atomic
+from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, sample, write_atomic
 from prepare import DEMO, barrier, cli, normalize_text, read_audio, start_ranks
 
 
@@ -63,7 +63,8 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     decoder = SemanticVAE.from_pretrained(vae).to(device)
     if decoder.latents_hash() != dit.config.vae_hash:
         raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is {decoder.latents_hash()}: name the right one with --vae")
-    return dit, decoder, notes
+    notes["vae_name"] = decoder.content_hash()  # before folding, which changes names
+    return dit, fold_weight_norm(decoder), notes
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
             x = sample(dit, noise, prompt, prompt_lengths, text, lengths, steps, cfg, sway)
         z = dit.destandardize(x)
         for row, i in enumerate(batch):
-            wave = vae.decode(z[row : row + 1, : totals[i]])[0, len(prompts[i]) * config.hop :].cpu().numpy()
+            wave = vae.decode_in_pieces(z[row : row + 1, : totals[i]])[0, len(prompts[i]) * config.hop :].cpu().numpy()
             if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
                 raise InputError(f"the model made {'silence' if np.isfinite(wave).all() else 'non-finite audio'} of {requests[i].text!r}: nothing written; try another --seed, or train longer")
             waves[i] = wave
@@ -200,7 +201,7 @@ def say(args, dit, vae, device) -> None:
 def say_list(args, dit, vae, notes, rank, world, device) -> None:
     """Every line of a list in LibriSpeech-PC's six columns; wavs that are there already are kept."""
     rate, lines, root = dit.config.sample_rate, read_list(args.list), args.ref_dir or args.list.parent
-    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, sway=args.sway, speed=args.speed, tts_step=notes.get("step"), vae=vae.content_hash())
+    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, sway=args.sway, speed=args.speed, tts_step=notes.get("step"), vae=notes["vae_name"])
     stamp = args.out / "settings.json"
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != settings:
         raise InputError(f"{args.out} was made with other settings ({stamp.read_text(encoding='utf-8')}): choose another --out")

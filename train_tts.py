@@ -29,7 +29,7 @@ from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss, write_atomic
 from prepare import DEMO, Data, cli, start_ranks
 from sample import Request, synthesize, to_bytes
-from train_vae import Log, Means, compiled, load_state, read_args, require_finite, save_args, update_ema
+from train_vae import Log, Means, compiled, guarded_step, load_state, read_args, report_skipped, save_args, update_ema
 
 # --------------------------------------------------------------------------------------------------------------
 # Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.
@@ -112,10 +112,35 @@ class MicroBatches:
         parts = [runs[a:b] for a, b in zip(bounds, bounds[1:])]
         return parts[self.rank * accumulate : (self.rank + 1) * accumulate]
 
+    def padding(self, steps: int = 20) -> float:
+        """Share of padding in what this rank computes, over its first steps."""
+        lengths = [[sum(self.examples.frames[i] for i in run) for run in part] for step in self.steps[:steps] for part in self.parts(step)]
+        return 1 - sum(sum(n) for n in lengths) / sum(max(n) * len(n) for n in lengths)
+
     def __iter__(self):
         for step in self.steps:
             for part in self.parts(step):
                 yield [(step, run) for run in part]
+
+
+def step_flops(dit: DiT, frames: int, length: float) -> float:
+    """Additions and multiplications of a training step over `frames` latent frames in utterances of `length` frames on average:
+    two a weight and frame forward, twice that backward, and attention's two products. What does not grow with frames is left out."""
+    once = ("attn_norm", "norm_out", "time_embed", "text_embed.text_embed")  # once an utterance, or a look-up
+    weights = sum(p.numel() for name, p in dit.named_parameters() if p.ndim > 1 and not any(k in name for k in once))
+    return 6 * frames * (weights + 2 * dit.config.depth * dit.config.width * length)
+
+
+def matrix_rate(device, dtype, repeats: int = 4) -> float:
+    """The device's FLOP/s in large square matrix products, the yardstick of MFU."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (a @ b).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
 
 
 class Objective(nn.Module):
@@ -232,9 +257,9 @@ def main(argv=None):
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         save_args(args)
-        log = Log(args.out / "log.csv", ["step", "loss", "grad", "lr", "seconds", "valid_loss", "cer", "wer"], first)
+        log = Log(args.out / "log.csv", ["step", "loss", "grad", "skipped", "lr", "seconds", "valid_loss", "cer", "wer"], first)
         print(f"{device}, {world} rank(s); DiT {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters; {len(train.clips)} clips, {data.meta['hours']} h; "
-              f"about {args.batch_seconds} s a step, {train.groups} steps an epoch")  # fmt: skip
+              f"about {args.batch_seconds} s a step, {train.groups} steps an epoch; padding {micro.padding():.1%} of what is computed")  # fmt: skip
         examples = [train[(0, run)]["x"] for run in train.step(0)[:64]]
         rms = torch.cat(examples).square().mean().sqrt().item()
         print(f"standardised latents: RMS {rms:.3f} (1 expected)")
@@ -249,6 +274,8 @@ def main(argv=None):
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
 
+    peak = matrix_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
+    flops = step_flops(dit, args.batch_seconds * train.rate / world, np.mean([sum(train.frames[i] for i in run) for run in train.step(0)]))  # of this rank
     means, start = Means(), time.time()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="tts")
     for step in bar:
@@ -269,17 +296,15 @@ def main(argv=None):
                 loss.backward()
             total = total + loss.detach()
         norm = nn.utils.clip_grad_norm_(dit.parameters(), args.clip)
-        require_finite(norm, {"loss": total}, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        means.add({"loss": total, "grad": norm, "skipped": guarded_step(optimizer, norm)})
         update_ema(ema, dit, args.ema, step)
-        means.add({"loss": total, "grad": norm})
 
         # ---- log, evaluate, save
         done, last = step + 1, step + 1 == args.steps
         logging, evaluating = done == 1 or done % args.log_every == 0 or last, done == 1 or done % args.eval_every == 0 or last
         if logging:
             row = means.read(world)
+            report_skipped(row["skipped"], done)
         if evaluating and rank == 0:
             scores = dict(valid_loss=validate(ema, valid, device))
             if step > 0:
@@ -294,7 +319,8 @@ def main(argv=None):
                     scores |= error_rates([r.text for r in requests], [asr(w) for w in waves])
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
-            bar.set_postfix(loss=f"{total.item():.3f}", audio=f"{args.batch_seconds * (done - first) / (time.time() - start):.0f} s/s")
+            pace = (done - first) / (time.time() - start)  # steps a second, evaluations included
+            bar.set_postfix(loss=f"{total.item():.3f}", audio=f"{args.batch_seconds * pace:.0f} s/s", mfu=f"{flops * pace / peak:.0%}")
 
 
 if __name__ == "__main__":

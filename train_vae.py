@@ -32,7 +32,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, write_atomic
-from prepare import Data, cli, frame_count, start_ranks
+from prepare import Data, SSLModel, cli, frame_count, start_ranks
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -170,15 +170,18 @@ def generator_losses(fake, real):
 class Crops(torch.utils.data.Dataset):
     """Crops of the training clips, with the SSL frames of the same moments and the noise that will sample their latents."""
 
-    def __init__(self, data: Data, vae: VAEConfig, seconds: float, seed: int, with_ssl: bool):
-        self.data, self.latent_dim, self.seed, self.with_ssl, self.hop = data, vae.latent_dim, seed, with_ssl, vae.hop
+    def __init__(self, data: Data, vae: VAEConfig, seconds: float, seed: int, ssl: dict | None, context: float | None = None):
+        """ssl: what the features are (None: no features); context: seconds around the crop that an online teacher hears."""
+        self.data, self.latent_dim, self.seed, self.hop = data, vae.latent_dim, seed, vae.hop
         self.clips = data.split("train")
         if not self.clips:
             raise InputError(f"{data.folder} holds no training clips")
         # SSL frames a latent frame, 5/4 for 50 and 40 a second: crops start and end where both grids meet.
-        self.ratio = Fraction(data.meta["ssl"]["rate"]) * vae.hop / data.rate if with_ssl else Fraction(1)
+        self.ratio = Fraction(ssl["rate"]) * vae.hop / data.rate if ssl else Fraction(1)
         self.grid = self.ratio.denominator
         self.frames = round(seconds * data.rate / vae.hop / self.grid) * self.grid
+        self.context = None if context is None else round(context * data.rate / vae.hop / self.grid) * self.grid
+        self.features = int(self.frames * self.ratio) if ssl else 0  # SSL frames of a crop
         if not self.frames:
             raise InputError(f"--crop {seconds} is shorter than {self.grid} latent frames ({self.grid * vae.hop / data.rate} s)")
 
@@ -195,11 +198,28 @@ class Crops(torch.utils.data.Dataset):
             wave=F.pad(wave, (0, self.frames * self.hop - len(wave))),  # [T]
             noise=torch.from_numpy(rng.standard_normal((self.frames, self.latent_dim), dtype=np.float32)),  # [N, D]
             valid=torch.arange(self.frames) < math.ceil(len(wave) / self.hop))  # [N]  # fmt: skip
-        if self.with_ssl:
-            count = int(self.frames * self.ratio)
-            features = self.data.get("ssl", clip, int(start * self.ratio), count)
-            item["ssl"] = torch.cat([features, features[-1:].expand(count - len(features), -1)])  # [S, ssl_dim]
+        if self.context is not None:
+            first = max(0, start - self.context)
+            heard = self.data.get("audio", clip, first * self.hop, (start - first + self.frames + self.context) * self.hop)
+            room = (self.frames + 2 * self.context) * self.hop
+            item |= dict(heard=F.pad(heard, (0, room - len(heard))), samples=len(heard), skip=int((start - first) * self.ratio))
+        elif self.features:
+            item["ssl"] = repeat_last(self.data.get("ssl", clip, int(start * self.ratio), self.features), self.features)  # [S, ssl_dim]
         return item
+
+
+def repeat_last(features: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat([features, features[-1:].expand(count - len(features), -1)])
+
+
+def listen(teacher: SSLModel, batch: dict, count: int) -> torch.Tensor:
+    """The teacher's features [B, count, ssl_dim] of a batch of crops, from the crops and the context around them alone."""
+    waves = [wave[:n].numpy() for wave, n in zip(batch.pop("heard"), batch.pop("samples").tolist())]
+    features, skips = [None] * len(waves), batch.pop("skip").tolist()
+    for part in teacher.batches([len(w) for w in waves], math.inf):
+        for i, x in zip(part, teacher([waves[i] for i in part])):
+            features[i] = repeat_last(x[skips[i] : skips[i] + count], count)
+    return torch.stack(features)
 
 
 def crop_loader(crops: Crops, first: int, last: int, per_step: int, micro: int, rank: int, world: int, workers: int):
@@ -271,7 +291,7 @@ class Means:
             self.values.setdefault(k, []).append(v.detach())
 
     def read(self, world: int) -> dict[str, float]:
-        means = torch.stack([torch.stack(v).mean() for v in self.values.values()])
+        means = torch.stack([torch.stack(v).nanmean() for v in self.values.values()])  # of the finite ones: "skipped" counts the others
         if world > 1:
             dist.all_reduce(means)
         names, self.values = list(self.values), {}
@@ -298,10 +318,21 @@ def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
         return module
 
 
-def require_finite(norm: torch.Tensor, losses: dict, step: int) -> None:
-    if not torch.isfinite(norm):
-        bad = [k for k, v in losses.items() if not torch.isfinite(v)]
-        raise InputError(f"step {step}: the gradients are not finite (losses that are not: {', '.join(bad) or 'none'}): lower --lr and resume from the last checkpoint")
+def guarded_step(optimizer: torch.optim.AdamW, norm: torch.Tensor) -> torch.Tensor:
+    """One update; left out if the gradients' norm is not finite, which the fused kernel sees for itself, so that the CPU need
+    not wait for the device. Returns 1 if it was left out."""
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer.found_inf
+
+
+def report_skipped(share: float, step: int) -> None:
+    """One line if some updates since the last log line were left out; if all were, there is nothing to go on with."""
+    if share == 1:
+        raise InputError(f"step {step}: no gradient since the last log line was finite: lower --lr and resume from the last checkpoint")
+    if share > 0:
+        tqdm.write(f"step {step}: {share:.0%} of the updates since the last log line were left out, their gradients were not finite")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -346,6 +377,8 @@ def parse_args(argv=None):
     parser.add_argument("--init", help="start from the weights of this VAE (folder or hub id), to fine-tune it")
     parser.add_argument("--latent-dim", type=int, help="dimensions of the latent (paper: 64; its baselines: 16 and 64)")
     parser.add_argument("--align-weight", type=float, default=1, help="0 trains a vanilla VAE, without SSL features (default %(default)s)")
+    parser.add_argument("--ssl-online", help="teacher (hub id or folder) to run inside each step, in place of stored features")
+    parser.add_argument("--ssl-context", type=float, default=1, help="seconds on either side of a crop that --ssl-online hears (default %(default)s)")
     parser.add_argument("--mel-weight", type=float, default=15, help="default %(default)s")
     parser.add_argument("--adv-weight", type=float, default=1, help="0 trains without discriminators (default %(default)s)")
     parser.add_argument("--feature-weight", type=float, default=2, help="feature matching (default %(default)s)")
@@ -377,22 +410,26 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
     with_ssl = args.align_weight > 0
-    data = Data(args.data, ("audio", "ssl") if with_ssl else ("audio",))
+    teacher = SSLModel(args.ssl_online, device=device) if with_ssl and args.ssl_online else None
+    data = Data(args.data, ("audio", "ssl") if with_ssl and not teacher else ("audio",))
+    ssl = None if not with_ssl else data.meta["ssl"] if not teacher else teacher.facts() | dict(context=args.ssl_context)
+    if teacher and teacher.sample_rate != data.rate:
+        raise InputError(f"{args.ssl_online} hears {teacher.sample_rate} Hz, {args.data} holds {data.rate} Hz")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # ---- networks and optimisers
     if args.init:
         vae = SemanticVAE.from_pretrained(args.init).train()
-        if with_ssl and vae.config.ssl_dim != data.meta["ssl"]["dim"]:
-            raise InputError(f"{args.init} was aligned with features of width {vae.config.ssl_dim}, {args.data} holds width {data.meta['ssl']['dim']}")
+        if with_ssl and vae.config.ssl_dim != ssl["dim"]:
+            raise InputError(f"{args.init} was aligned with features of width {vae.config.ssl_dim}, {ssl['model']} gives width {ssl['dim']}")
     else:
-        settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=data.meta["ssl"]["dim"] if with_ssl else 0)
+        settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=ssl["dim"] if with_ssl else 0)
         vae = SemanticVAE(VAEConfig(**settings | ({"latent_dim": args.latent_dim} if args.latent_dim else {})))
     if vae.config.sample_rate != data.rate:
         raise InputError(f"the VAE works at {vae.config.sample_rate} Hz, {args.data} holds {data.rate} Hz")
     vae.to(device)
-    crops = Crops(data, vae.config, args.crop, args.seed, with_ssl)
+    crops = Crops(data, vae.config, args.crop, args.seed, ssl, args.ssl_context if teacher else None)
     if args.unit_latents and not args.init:
         unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
     discriminators, mel = Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
@@ -422,7 +459,7 @@ def main(argv=None):
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         save_args(args)
-        columns = ["step", "loss", *weights, "wave", "disc", "grad", "grad_d", "lr", "seconds", "valid_mel", "valid_stft"]
+        columns = ["step", "loss", *weights, "wave", "disc", "grad", "grad_d", "skipped", "lr", "seconds", "valid_mel", "valid_stft"]
         log = Log(args.out / "log.csv", columns, first)
         count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M"
         print(f"{device}, {world} rank(s); VAE {count(vae)}, discriminators {count(discriminators)} parameters; {len(crops.clips)} clips, {data.meta['hours']} h; "
@@ -433,10 +470,10 @@ def main(argv=None):
     with autocast():
         example = torch.zeros(micro, crops.frames * vae.config.hop, device=device)
         noise = torch.zeros(micro, crops.frames, vae.config.latent_dim, device=device)
-        ssl = torch.zeros(micro, int(crops.frames * crops.ratio), vae.config.ssl_dim, device=device) if with_ssl else None
+        features = torch.zeros(micro, crops.features, vae.config.ssl_dim, device=device) if with_ssl else None
         if device.type == "cpu":  # else the compiler computes a sine of the activation anew for each of the 12 taps that read it
             torch._inductor.config.realize_reads_threshold = 1
-        fast_vae = compiled(vae, args.compile, example, noise, ssl)
+        fast_vae = compiled(vae, args.compile, example, noise, features)
         fast_d = compiled(discriminators, args.compile and device.type == "cuda", example)
     wrap = lambda m: DistributedDataParallel(m, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else m
     fast_vae, ddp_d = wrap(fast_vae), wrap(fast_d)
@@ -454,7 +491,10 @@ def main(argv=None):
             group["lr"] = rate
         optimizer.param_groups[1]["lr"] = rate * args.encoder_lr * min(1, (step + 1) / max(1, args.encoder_warmup))
         adversarial = args.adv_weight > 0 and step >= args.adv_start
-        batches = [{k: v.to(device, non_blocking=True) for k, v in next(loader).items()} for _ in range(accumulate)]
+        batches = [next(loader) for _ in range(accumulate)]
+        if teacher:
+            batches = [b | dict(ssl=listen(teacher, b, crops.features)) for b in batches]
+        batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
         # One micro-batch: its forward pass serves both steps. Several: the fakes for the discriminators are made first, without a graph.
         outputs = [forward(batches[0])] if accumulate == 1 else None
 
@@ -471,10 +511,7 @@ def main(argv=None):
                     (loss_d / accumulate).backward()
                 means.add({"disc": loss_d})
             norm_d = nn.utils.clip_grad_norm_(discriminators.parameters(), args.clip)
-            require_finite(norm_d, {"disc": loss_d}, step)
-            optimizer_d.step()
-            optimizer_d.zero_grad(set_to_none=True)
-            means.add({"grad_d": norm_d})
+            means.add({"grad_d": norm_d, "skipped": guarded_step(optimizer_d, norm_d)})
 
         # ---- generator step: no gradient for the discriminators' weights, none through the real signal
         discriminators.requires_grad_(False)
@@ -494,22 +531,20 @@ def main(argv=None):
             means.add({"loss": loss, **losses, "wave": F.l1_loss(again.detach(), wave)})
         discriminators.requires_grad_(True)
         norm = nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
-        require_finite(norm, losses, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        means.add({"grad": norm, "skipped": guarded_step(optimizer, norm)})
         update_ema(ema, vae, args.ema, step)
-        means.add({"grad": norm})
 
         # ---- log, evaluate, save
         done, last = step + 1, step + 1 == args.steps
         logging, evaluating = done == 1 or done % args.log_every == 0 or last, done % args.eval_every == 0 or last
         if logging:
             row = means.read(world)
+            report_skipped(row["skipped"], done)
         if evaluating and rank == 0:
             scores = evaluate(ema, data, clips, mel, device, args.out / "samples", done)
             state = dict(step=done, vae=vae.state_dict(), ema=ema.state_dict(), discriminators=discriminators.state_dict(),
                          optimizer=optimizer.state_dict(), optimizer_d=optimizer_d.state_dict())  # fmt: skip
-            notes = dict(data=data.meta["sources"], ssl=data.meta["ssl"] if with_ssl else None, step=done)
+            notes = dict(data=data.meta["sources"], ssl=ssl, step=done)
             ema.save_pretrained(args.out, **notes)
             write_atomic(args.out / "state.pt", lambda p: torch.save(state, p))
         if rank == 0 and (logging or evaluating):

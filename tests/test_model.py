@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, alignment_loss, lowpass, sample, spread_evenly
+import plain
+from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, alignment_loss, fold_weight_norm, lowpass, sample, spread_evenly
 
 TINY_VAE = VAEConfig(encoder_dim=4, latent_dim=8, decoder_dim=64, resblock_kernels=(3,), ssl_dim=12)
 TINY_DIT = DiTConfig(latent_dim=8, width=64, depth=2, heads=2, text_dim=16, text_layers=1)
@@ -58,6 +58,19 @@ def test_documented_shapes():
     assert again.dtype == mean.dtype == torch.float32 and again.abs().max() <= 1
 
 
+@torch.no_grad()
+def test_folded_and_in_pieces_the_decoder_sounds_the_same():
+    """Over the paper's kernels, whose reach is the longest."""
+    vae, z = build(SemanticVAE, VAEConfig(encoder_dim=4, latent_dim=8, decoder_dim=64)), torch.randn(2, 150, 8)
+    whole = vae.decode(z)
+    assert whole.abs().max() < 1 and (vae.decode_in_pieces(z, piece=40) - whole).abs().max() < 1e-5
+    assert vae.decode_in_pieces(z, piece=40).shape == vae.decode_in_pieces(z, piece=150).shape == whole.shape
+    assert (vae.decode_in_pieces(z, piece=40, context=8) - whole).abs().max() > 1e-5  # the context matters
+    names = len(vae.state_dict())
+    folded = fold_weight_norm(vae)
+    assert len(folded.state_dict()) < names and (folded.decode(z) - whole).abs().max() < 1e-5
+
+
 def test_stencil_activation_equals_the_convolution_form():
     """Forward and backward against upsampling and downsampling as depthwise convolutions (BigVGAN's way)."""
     torch.manual_seed(0)
@@ -65,14 +78,9 @@ def test_stencil_activation_equals_the_convolution_form():
     torch.nn.init.normal_(layer.act.alpha), torch.nn.init.normal_(layer.act.beta)
     layer, x = layer.double(), x.detach().double().requires_grad_()  # so that the largest error is not rounding
 
-    def plain(x):
-        filter = lowpass().double().expand(6, -1, -1)
-        x = 2 * F.conv_transpose1d(F.pad(x, (5, 5), "replicate"), filter, stride=2, groups=6)[..., 15:-15]
-        return F.conv1d(F.pad(layer.act(x), (5, 6), "replicate"), filter, stride=2, groups=6)
-
     weight = torch.randn(2, 6, 37).double()
     grads = []
-    for f in (layer, plain):
+    for f in (layer, lambda x: plain.convolved(layer, x)):
         y = f(x)
         grads.append([y.detach(), *torch.autograd.grad((y * weight).sum(), [x, layer.act.alpha, layer.act.beta])])
     for a, b in zip(*grads):

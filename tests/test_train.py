@@ -10,6 +10,7 @@ import torch
 from conftest import TTS_FLAGS, VAE_FLAGS, torchrun
 from safetensors.torch import load_file
 
+import plain
 import prepare
 import train_tts
 import train_vae
@@ -93,7 +94,7 @@ def test_two_ranks_and_accumulation_equal_one(script, args, changes, world, tmp_
 
 def test_crops_are_a_pure_function_of_their_number_and_stay_inside_the_clip(world):
     data, config = Data(world.data, ("audio", "ssl")), VAEConfig(latent_dim=8)
-    a, b = (Crops(data, config, 0.5, seed, True) for seed in (3, 3))
+    a, b = (Crops(data, config, 0.5, seed, data.meta["ssl"]) for seed in (3, 3))
     assert a.grid == 4 and a.frames == 20
     for k in (0, 5, 17, 40):
         x, y = a[k], b[k]
@@ -108,7 +109,7 @@ def test_crops_are_a_pure_function_of_their_number_and_stay_inside_the_clip(worl
             break
     features = data.get("ssl", clip)[start // 320 : start // 320 + 25]
     assert torch.equal(a[5]["ssl"][: len(features)], features)
-    long = Crops(data, config, 5.0, 3, True)[0]  # longer than the clip: silence behind it, marked as such
+    long = Crops(data, config, 5.0, 3, data.meta["ssl"])[0]  # longer than the clip: silence behind it, marked as such
     assert not long["wave"][long["valid"].sum() * 400 :].any() and 30 < long["valid"].sum() < 100
 
 
@@ -165,6 +166,40 @@ def test_vanilla_and_other_widths_are_one_flag_each(world, tmp_path):
     train_vae.main(VAE(world, tmp_path / "vanilla", align_weight=0, latent_dim=8, steps=1, eval_every=1))
     vae = SemanticVAE.from_pretrained(tmp_path / "vanilla")
     assert vae.projectors is None and vae.config.latent_dim == 8 and rows(tmp_path / "vanilla")[0]["align"] == ""
+
+
+def test_losses_and_gradients_equal_the_plain_form(world, tmp_path):
+    """Stencils, shared passes and missing gradients change nothing: four steps against plain.py, weights moving all the while.
+
+    Adam's first steps have the size of the learning rate whatever the gradient's: it must be small for rounding to stay small."""
+    args = VAE(world, tmp_path, steps=4, eval_every=9, adv_start=0, micro_batch=4, lr=1e-4)
+    expected = plain.train(args)
+    train_vae.main(args)
+    for row, wanted in zip(rows(tmp_path), expected, strict=True):
+        for key in ("loss", "mel", "adv", "feature", "kl", "align", "disc", "grad"):
+            assert float(row[key]) == pytest.approx(wanted[key], rel=1e-3, abs=1e-4), (row["step"], key)  # the log has four digits
+
+
+def test_a_teacher_inside_the_step_equals_stored_features(world, tmp_path):
+    """Where its context covers the whole clip; with less it is another, and close."""
+    found = {}
+    for name, more in (("stored", []), ("online", ["--ssl-online", str(world.ssl), "--ssl-context", "9"]), ("narrow", ["--ssl-online", str(world.ssl), "--ssl-context", "0.1"])):
+        train_vae.main(VAE(world, tmp_path / name, steps=1, eval_every=1) + more)
+        found[name] = float(rows(tmp_path / name)[0]["align"])
+    assert abs(found["online"] - found["stored"]) < 1e-3 and 1e-5 < abs(found["narrow"] - found["stored"]) < 0.2, found
+
+
+def test_a_step_that_is_not_finite_is_left_out(world, tmp_path, monkeypatch, capsys, fails):
+    """Only its step, weights and moments alike; a log interval of nothing else ends the run."""
+    bad, real = {1}, train_vae.MelDistance.forward
+    calls = []
+    monkeypatch.setattr(train_vae.MelDistance, "forward", lambda self, y, x: real(self, y, x) * (float("nan") if calls.append(0) is None and len(calls) - 1 in bad else 1))
+    settings = dict(adv_weight=0, eval_every=9, log_every=3, micro_batch=4)
+    train_vae.main(VAE(world, tmp_path / "vae", steps=4, **settings))
+    assert [r["skipped"] for r in rows(tmp_path / "vae")] == ["0", "0.5", "0"] and "50% of the updates" in capsys.readouterr().out
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "vae" / "model.safetensors").values())
+    bad.update(range(1000))
+    fails(train_vae.main, VAE(world, tmp_path / "lost", steps=4, **settings), "step 1", "no gradient", "--lr")
 
 
 def test_fine_tuning_starts_from_the_given_weights(world, tmp_path):

@@ -1,0 +1,69 @@
+"""The VAE-GAN step as one would write it first: what train_vae.py must equal (test_train.py) and outrun (bench.py).
+
+Resampling by depthwise convolutions, real and fake through the discriminators one after the other, gradients for every
+weight in both steps, no compiler. Everything else (networks, losses, crops, schedules) is the project's own."""
+
+import copy
+import time
+
+import torch
+import torch.nn.functional as F
+
+import train_vae
+from model import AntiAliasedSnake, SemanticVAE, VAEConfig, alignment_loss, kl_loss, lowpass
+from prepare import Data
+
+
+def convolved(self, x):
+    """AntiAliasedSnake.forward by BigVGAN's own operations."""
+    channels = x.shape[1]
+    filter = lowpass().to(x).expand(channels, -1, -1)
+    x = 2 * F.conv_transpose1d(F.pad(x, (5, 5), "replicate"), filter, stride=2, groups=channels)[..., 15:-15]
+    return F.conv1d(F.pad(self.act(x), (5, 6), "replicate"), filter, stride=2, groups=channels)
+
+
+def train(argv, device=torch.device("cpu")) -> list[dict]:
+    """Train with train_vae.py's flags; for each step its losses and the seconds it took."""
+    args = train_vae.parse_args(argv)
+    data = Data(args.data, ("audio", "ssl"))
+    torch.manual_seed(args.seed)
+    settings = train_vae.PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=data.meta["ssl"]["dim"])
+    vae = SemanticVAE(VAEConfig(**settings)).to(device)
+    crops = train_vae.Crops(data, vae.config, args.crop, args.seed, data.meta["ssl"])
+    if args.unit_latents:
+        train_vae.unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
+    discriminators, mel = train_vae.Discriminators(args.disc_width).to(device), train_vae.MelDistance(data.rate).to(device)
+    encoding = [p for name, p in vae.named_parameters() if not name.startswith(("decoder.", "projectors."))]
+    decoding = [p for name, p in vae.named_parameters() if name.startswith(("decoder.", "projectors."))]
+    optimizer = torch.optim.AdamW([dict(params=decoding), dict(params=encoding)], betas=(0.8, 0.99))
+    optimizer_d, ema = torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99)), copy.deepcopy(vae)
+    per_step = round(args.batch_seconds / (crops.frames * vae.config.hop / data.rate))
+    loader, rows = iter(train_vae.crop_loader(crops, 0, args.steps, per_step, per_step, 0, 1, 0)), []
+    forward, AntiAliasedSnake.forward = AntiAliasedSnake.forward, convolved
+    try:
+        for step in range(args.steps):
+            start, rate = time.perf_counter(), args.lr * args.lr_decay**step
+            for group in optimizer.param_groups + optimizer_d.param_groups:
+                group["lr"] = rate
+            optimizer.param_groups[1]["lr"] = rate * args.encoder_lr * min(1, (step + 1) / max(1, args.encoder_warmup))
+            batch = {k: v.to(device) for k, v in next(loader).items()}
+            fake, z, mean, logvar, target = vae(batch["wave"], batch["noise"], batch["ssl"])
+            losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=alignment_loss(z, target, batch["valid"]))
+            if step >= args.adv_start:
+                losses["disc"] = train_vae.discriminator_loss(discriminators(fake.detach()), discriminators(batch["wave"]))
+                optimizer_d.zero_grad()
+                losses["disc"].backward()
+                torch.nn.utils.clip_grad_norm_(discriminators.parameters(), args.clip)
+                optimizer_d.step()
+                losses["adv"], losses["feature"] = train_vae.generator_losses(discriminators(fake), discriminators(batch["wave"]))
+            weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
+            loss = sum(weights[k] * v for k, v in losses.items() if k in weights)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
+            optimizer.step()
+            train_vae.update_ema(ema, vae, args.ema, step)
+            rows.append({k: v.item() for k, v in (losses | dict(loss=loss, grad=norm)).items()} | dict(seconds=time.perf_counter() - start))
+    finally:
+        AntiAliasedSnake.forward = forward
+    return rows
