@@ -113,8 +113,8 @@ class MicroBatches:
         return parts[self.rank * accumulate : (self.rank + 1) * accumulate]
 
     def padding(self, steps: int = 20) -> float:
-        """Share of padding in what this rank computes, over its first steps."""
-        lengths = [[sum(self.examples.frames[i] for i in run) for run in part] for step in self.steps[:steps] for part in self.parts(step)]
+        """Share of padding in what this rank computes, over the first steps of the training."""
+        lengths = [[sum(self.examples.frames[i] for i in run) for run in part] for step in range(steps) for part in self.parts(step)]
         return 1 - sum(sum(n) for n in lengths) / sum(max(n) * len(n) for n in lengths)
 
     def __iter__(self):
