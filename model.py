@@ -423,6 +423,8 @@ def kl_loss(mean, logvar):
 class SemanticVAE(Pretrained):
     """The speech VAE, with the alignment head beside it."""
 
+    BEHIND_LATENTS = ("decoder.", "projectors.")  # the weights that no latent depends on
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
@@ -449,7 +451,7 @@ class SemanticVAE(Pretrained):
 
     def decode_in_pieces(self, z, piece: int = 400, context: int = 32):
         """decode(z), `piece` frames at a time, so that memory does not grow with the length. `context` frames either side are
-        more than any sample depends on (27 with the paper's kernels)."""
+        more than any sample depends on with the paper's kernels (tests/test_model.py)."""
         waves = []
         for start in range(0, z.shape[1], piece):
             left = min(start, context)
@@ -475,7 +477,7 @@ class SemanticVAE(Pretrained):
 
     def latents_hash(self) -> str:
         """Names the latents: VAEs that differ in their decoder alone (train_vae.py --encoder-lr 0) can decode each other's."""
-        return self.content_hash(without=("projectors.", "decoder."))
+        return self.content_hash(without=self.BEHIND_LATENTS)
 
     @classmethod
     def from_pretrained(cls, name: str | Path):

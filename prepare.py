@@ -113,6 +113,11 @@ def frame_count(samples: int, sample_rate: int, frame_rate) -> int:
     return math.ceil(Fraction(samples, sample_rate) * Fraction(frame_rate))
 
 
+def repeat_last(features: torch.Tensor, count: int) -> torch.Tensor:
+    """Features [S, D] with S <= count → [count, D]."""
+    return torch.cat([features, features[-1:].expand(count - len(features), -1)])
+
+
 class Data:
     """A prepared folder, memory-mapped. Raises InputError if it is missing, incomplete or does not fit what is asked."""
 
@@ -458,7 +463,7 @@ def fill_ssl(args, out: Path, rank: int, world: int, device) -> None:
             for j, x in zip(batch, ssl([data.get("audio", part[j]).numpy() for j in batch])):
                 if not torch.isfinite(x).all() or x.abs().max() > 65000:
                     raise InputError(f"{args.ssl} gives features that are not finite in float16 for {data.clips[part[j]]['id']}: take the clip out or choose another --layer")
-                features[j] = torch.cat([x, x[-1:].expand(max(0, counts[part[j]] - len(x)), -1)])[: counts[part[j]]]
+                features[j] = repeat_last(x[: counts[part[j]]], int(counts[part[j]]))
         return offsets[part.start], torch.cat(features).half().cpu().numpy()
 
     entry = ssl.facts()

@@ -32,7 +32,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, write_atomic
-from prepare import Data, SSLModel, cli, frame_count, start_ranks
+from prepare import Data, SSLModel, cli, frame_count, repeat_last, start_ranks
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -206,10 +206,6 @@ class Crops(torch.utils.data.Dataset):
         elif self.features:
             item["ssl"] = repeat_last(self.data.get("ssl", clip, int(start * self.ratio), self.features), self.features)  # [S, ssl_dim]
         return item
-
-
-def repeat_last(features: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.cat([features, features[-1:].expand(count - len(features), -1)])
 
 
 def listen(teacher: SSLModel, batch: dict, count: int) -> torch.Tensor:
@@ -433,8 +429,8 @@ def main(argv=None):
     if args.unit_latents and not args.init:
         unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
     discriminators, mel = Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
-    decoding = [p for name, p in vae.named_parameters() if name.startswith(("decoder.", "projectors."))]
-    encoding = [p for name, p in vae.named_parameters() if not name.startswith(("decoder.", "projectors."))]
+    decoding = [p for name, p in vae.named_parameters() if name.startswith(vae.BEHIND_LATENTS)]
+    encoding = [p for name, p in vae.named_parameters() if not name.startswith(vae.BEHIND_LATENTS)]
     for p in encoding:
         p.requires_grad_(args.encoder_lr > 0)  # at 0 the latents stay as they are, and with them every DiT trained on them
     adamw = lambda groups: torch.optim.AdamW(groups, lr=args.lr, betas=(0.8, 0.99), fused=True)

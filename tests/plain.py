@@ -1,4 +1,4 @@
-"""The VAE-GAN step as one would write it first: what train_vae.py must equal (test_train.py) and outrun (bench.py).
+"""The VAE-GAN step as one would write it first: what train_vae.py must equal (test_train.py).
 
 Resampling by depthwise convolutions, real and fake through the discriminators one after the other, gradients for every
 weight in both steps, no compiler. Everything else (networks, losses, crops, schedules) is the project's own."""
@@ -33,8 +33,8 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
     if args.unit_latents:
         train_vae.unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
     discriminators, mel = train_vae.Discriminators(args.disc_width).to(device), train_vae.MelDistance(data.rate).to(device)
-    encoding = [p for name, p in vae.named_parameters() if not name.startswith(("decoder.", "projectors."))]
-    decoding = [p for name, p in vae.named_parameters() if name.startswith(("decoder.", "projectors."))]
+    encoding = [p for name, p in vae.named_parameters() if not name.startswith(vae.BEHIND_LATENTS)]
+    decoding = [p for name, p in vae.named_parameters() if name.startswith(vae.BEHIND_LATENTS)]
     optimizer = torch.optim.AdamW([dict(params=decoding), dict(params=encoding)], betas=(0.8, 0.99))
     optimizer_d, ema = torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99)), copy.deepcopy(vae)
     per_step = round(args.batch_seconds / (crops.frames * vae.config.hop / data.rate))
