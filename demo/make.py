@@ -5,7 +5,7 @@
     python demo/make.py ssl --data BIG [--data REAL]  # demo/ssl: tiny WavLM with a CTC head: teacher and recogniser
     python demo/make.py sv  --data BIG [--data REAL]  # demo/sv: tiny WavLM x-vector: speaker similarity
     python demo/make.py export --run RUN --out DIR    # demo/vae and demo/tts: a run's weights in float16, and its log
-    python demo/make.py figure --run A --run B        # demo/curves.svg: two runs' character error rates side by side
+    python demo/make.py curves --run A --run B        # demo/curves: the logs of runs, and the error rates of the DiTs among them side by side
 
 flite (a Debian package) speaks the sentences with four voices; their pitch, formants and rate are changed so that every
 voice number is a speaker of its own. Voices 12-15 and one sentence in eight are held out from all training.
@@ -311,11 +311,17 @@ def export(args):
         shutil.copy(run / name, args.out / name)
 
 
-def figure(args):
-    """An SVG with one line a run: the character error rate of the fixed sentences against the step. Copies the runs' logs beside it."""
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    width, height, left, colours = 640, 360, 50, ("#1b6ca8", "#c8553d")
-    curves = {run.name: [(int(r["step"]), float(r["cer"])) for r in csv.DictReader(open(run / "log.csv")) if r["cer"]] for run in args.run}
+def make_curves(args):
+    """An SVG of the DiTs among the runs, a line each: the character error rate of the fixed sentences against the step. All runs' logs and settings go beside it."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    width, height, left, colours = 640, 360, 50, ("#1b6ca8", "#c8553d", "#4f8f3a", "#7a4fa3")
+    curves = {}
+    for run in args.run:
+        (args.out / run.name).mkdir(exist_ok=True)
+        for name in ("args.json", "log.csv"):
+            shutil.copy(run / name, args.out / run.name / name)
+        curves[run.name] = [(int(r["step"]), float(r["cer"])) for r in csv.DictReader(open(run / "log.csv")) if r.get("cer")]
+    curves = {name: points for name, points in curves.items() if points}
     last = max(step for points in curves.values() for step, _ in points)
     x, y = lambda step: left + (width - left - 10) * step / last, lambda cer: 10 + (height - 50) * (1 - min(cer, 1.0))
     text = lambda px, py, words, more="": f'<text x="{px:.0f}" y="{py:.0f}" {more}>{words}</text>'
@@ -325,17 +331,16 @@ def figure(args):
     for i, ((name, points), colour) in enumerate(zip(curves.items(), colours)):
         line = " ".join(f"{x(step):.1f},{y(cer):.1f}" for step, cer in points)
         parts += [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>', text(width - 12, 26 + 18 * i, name, f'text-anchor="end" fill="{colour}"')]
-        shutil.copy(args.run[i] / "log.csv", args.out.parent / f"{args.out.stem}-{name}.csv")
     body = "\n".join(parts)
-    args.out.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n')
+    (args.out / "cer.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n')
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["corpus", "ssl", "sv", "export", "figure"])
-    parser.add_argument("--out", type=Path, help="default: demo/WHAT, for a figure demo/curves.svg; export needs it")
+    parser.add_argument("what", choices=["corpus", "ssl", "sv", "export", "curves"])
+    parser.add_argument("--out", type=Path, help="default: demo/WHAT; export needs it")
     parser.add_argument("--data", type=Path, action="append", default=[], help="ssl, sv: folder with manifest.csv or metadata.csv; may be repeated")
-    parser.add_argument("--run", type=Path, action="append", default=[], help="export: a run folder; figure: two, of different names")
+    parser.add_argument("--run", type=Path, action="append", default=[], help="export: a run folder; curves: several, of different names")
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo-make"), help="ssl, sv: where the state to resume from is kept")
     parser.add_argument("--voices", type=int, default=16)
     parser.add_argument("--sentences", type=int, default=66, help="training sentences a voice")
@@ -345,10 +350,10 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if len({run.name for run in args.run}) != len(args.run) or len(args.run) != {"export": 1, "figure": 2}.get(args.what, 0):
-        parser.error("export takes one --run, figure two of different names, the others none")
+    if len({run.name for run in args.run}) != len(args.run) or not {"export": len(args.run) == 1, "curves": len(args.run) > 1}.get(args.what, not args.run):
+        parser.error("export takes one --run, curves several of different names, the others none")
     if args.what == "export" and not args.out:
         parser.error("export needs --out: demo/vae or demo/tts")
-    args.out = args.out or HERE / ("curves.svg" if args.what == "figure" else args.what)
+    args.out = args.out or HERE / args.what
     args.work.mkdir(parents=True, exist_ok=True)
-    {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv, "export": export, "figure": figure}[args.what](args)
+    {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv, "export": export, "curves": make_curves}[args.what](args)

@@ -233,6 +233,30 @@ def test_compile_that_cannot_run_says_so_and_goes_on(world, tmp_path, monkeypatc
     assert "torch.compile cannot run here (RuntimeError: Cannot find a working triton" in out and (tmp_path / "vae" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("part", ["vae", "discriminators", "dit"])
+def test_compiles_whole_and_once(part, world, tmp_path, monkeypatch):
+    """No graph breaks, one graph a way of calling, however many steps. Counted where torch.compile traces: the rest of the compiler is left out."""
+    trace = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **options: trace(module, backend="eager", **options))
+    counters = torch._dynamo.utils.counters
+
+    torch._dynamo.reset(), counters.clear()
+    if part == "vae":
+        train_vae.main(VAE(world, tmp_path, steps=6, adv_start=0, eval_every=3) + ["--compile"])
+    elif part == "dit":
+        train_tts.main(TTS(world, tmp_path, steps=6, eval_every=3) + ["--compile"])
+    else:  # which train_vae.py compiles on a GPU only: as its two steps call them
+        discriminators, wave = Discriminators(0.0625), torch.randn(2, 4000)
+        fast = train_vae.compiled(discriminators, True, wave)
+        for _ in range(3):
+            fast(torch.cat([wave, wave])), discriminators.requires_grad_(False)
+            with torch.no_grad():
+                fast(wave)
+            fast(wave.clone().requires_grad_()), discriminators.requires_grad_(True)
+    assert not counters["graph_break"], counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == {"vae": 1, "discriminators": 4, "dit": 1}[part]
+
+
 def test_paper_presets_take_a_step(world, tmp_path):
     """The full-size networks and discriminators, one update on a tiny batch."""
     train_vae.main(VAE(world, tmp_path / "vae", preset="paper", batch_seconds=0.4, crop=0.4, steps=1, eval_every=1, adv_start=0, eval_clips=1))
