@@ -2,7 +2,7 @@
 
     python evaluate.py                                                     # the demo's table
     python evaluate.py --list LST --audio LibriSpeech/test-clean --generated runs/samples \\
-        --asr openai/whisper-large-v3 --sim microsoft/wavlm-base-plus-sv   # any Hugging Face models
+        --asr openai/whisper-large-v3 --sim wavlm_large_finetune.pth        # the papers' scorers; or any Hugging Face models
     python evaluate.py --list LST --audio ... --reconstruct runs/vae       # the VAE's encode-decode, with mel and STFT distance
     torchrun --nproc_per_node 8 evaluate.py ...                            # shared between 8 GPUs
 
@@ -12,6 +12,7 @@ signature line below it names all that the numbers depend on: without it they me
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import string
@@ -24,7 +25,9 @@ import jiwer
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchaudio
+from torch import nn
 from tqdm import tqdm
 
 from model import InputError, SemanticVAE, write_atomic
@@ -156,6 +159,133 @@ class SpeakerModel:
 
 
 # --------------------------------------------------------------------------------------------------------------
+# SIM-o, the papers' scorer: WavLM-Large and an ECAPA-TDNN (arXiv 2005.07143) fine-tuned together for speaker verification. Names are those of
+# its published file, wavlm_large_finetune.pth.
+
+
+class ConvReluNorm(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel: int, padding: int = 0):
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(inputs, outputs, kernel, padding=padding), nn.BatchNorm1d(outputs)
+
+    def forward(self, x):
+        return self.bn(F.relu(self.conv(x)))
+
+
+class Res2(nn.Module):
+    """Eight splits of the channels: each but the last is convolved after adding what came out of the one before."""
+
+    def __init__(self, channels: int, dilation: int, splits: int = 8):
+        super().__init__()
+        width = channels // splits
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation) for _ in range(splits - 1))
+        self.bns = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(splits - 1))
+
+    def forward(self, x):
+        *splits, last = x.chunk(len(self.convs) + 1, dim=1)
+        out, y = [], 0
+        for split, conv, bn in zip(splits, self.convs, self.bns):
+            out.append(y := bn(F.relu(conv(split + y))))
+        return torch.cat([*out, last], dim=1)
+
+
+class SERes2Block(nn.Module):
+    def __init__(self, channels: int, dilation: int):
+        super().__init__()
+        self.Conv1dReluBn1, self.Conv1dReluBn2 = (ConvReluNorm(channels, channels, 1) for _ in range(2))
+        self.Res2Conv1dReluBn = Res2(channels, dilation)
+        self.SE_Connect = nn.ModuleDict(dict(linear1=nn.Linear(channels, 128), linear2=nn.Linear(128, channels)))
+
+    def forward(self, x):  # [B, C, T]
+        y = self.Conv1dReluBn2(self.Res2Conv1dReluBn(self.Conv1dReluBn1(x)))
+        gate = self.SE_Connect["linear2"](F.relu(self.SE_Connect["linear1"](y.mean(-1)))).sigmoid()
+        return x + y * gate[..., None]
+
+
+class ECAPA(nn.Module):
+    def __init__(self, features: int, states: int = 25, channels: int = 512):
+        super().__init__()
+        self.feature_weight = nn.Parameter(torch.zeros(states))
+        self.layer1 = ConvReluNorm(features, channels, 5, padding=2)
+        self.layer2, self.layer3, self.layer4 = (SERes2Block(channels, dilation) for dilation in (2, 3, 4))
+        self.conv = nn.Conv1d(3 * channels, 3 * channels, 1)
+        self.pooling = nn.ModuleDict(dict(linear1=nn.Conv1d(3 * channels, 128, 1), linear2=nn.Conv1d(128, 3 * channels, 1)))
+        self.bn, self.linear = nn.BatchNorm1d(6 * channels), nn.Linear(6 * channels, 256)
+
+    def forward(self, states):
+        """25 states of WavLM, each [B, T, features] → [B, 256]."""
+        x = sum(w * s for w, s in zip(self.feature_weight.softmax(0), states, strict=True)).mT + 1e-6  # [B, features, T]
+        a = self.layer1(F.instance_norm(x))
+        b = self.layer2(a)
+        c = self.layer3(b)
+        d = self.layer4(c)
+        x = F.relu(self.conv(torch.cat([b, c, d], dim=1)))
+        attention = self.pooling["linear2"](self.pooling["linear1"](x).tanh()).softmax(-1)
+        mean = (attention * x).sum(-1)
+        deviation = ((attention * x.square()).sum(-1) - mean.square()).clamp(min=1e-9).sqrt()
+        return self.linear(self.bn(torch.cat([mean, deviation], dim=1)))
+
+
+class SIMo:
+    """The scorer from its file, {"model": weights}, alone. Every weight must find its place, but for the classifier of its training."""
+
+    # transformers' names of WavLM's parts, by the ones in the file
+    NAMES = {"mask_emb": "masked_spec_embed", "post_extract_proj": "feature_projection.projection", "encoder.pos_conv.0": "encoder.pos_conv_embed.conv",
+             "weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1", "self_attn_layer_norm": "layer_norm", "self_attn": "attention",
+             "grep_linear": "gru_rel_pos_linear", "grep_a": "gru_rel_pos_const", "relative_attention_bias": "rel_attn_embed",
+             "fc1": "feed_forward.intermediate_dense", "fc2": "feed_forward.output_dense"}  # fmt: skip
+
+    def __init__(self, path: str, device):
+        from transformers import WavLMConfig, WavLMModel
+
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        except Exception as e:  # torch raises many kinds for a missing, truncated or unsafe file
+            raise InputError(f"cannot read the speaker model {path}, expected wavlm_large_finetune.pth: {str(e).splitlines()[0]}") from e
+        unused = [k for k in weights if k.startswith("loss_calculator.") or k.endswith("num_batches_tracked")]
+        weights = {k: v for k, v in weights.items() if k not in unused}
+        shape = lambda name: weights[f"feature_extract.model.{name}"].shape
+        try:
+            convs = [shape(f"feature_extractor.conv_layers.{i}.0.weight") for i in range(7)]
+            (width, narrow), kernel, heads = shape("post_extract_proj.weight"), shape("encoder.pos_conv.0.weight_v"), shape("encoder.layers.0.self_attn.grep_a")[1]
+            layers = sum(k.endswith("self_attn.grep_a") for k in weights)
+            config = WavLMConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=len(weights["feature_extract.model.encoder.layers.0.fc1.bias"]),
+                                 conv_dim=[c[0] for c in convs], conv_kernel=[c[2] for c in convs], feat_extract_norm="layer", do_stable_layer_norm=True, num_conv_pos_embeddings=kernel[2],
+                                 num_conv_pos_embedding_groups=width // kernel[1], num_buckets=len(weights["feature_extract.model.encoder.layers.0.self_attn.relative_attention_bias.weight"]))  # fmt: skip
+            wavlm, ecapa = WavLMModel(config), ECAPA(width, layers + 1)
+            wavlm.load_state_dict({self.rename(k.removeprefix("feature_extract.model.")): v for k, v in weights.items() if k.startswith("feature_extract.")})
+            counters = {k: v for k, v in ecapa.state_dict().items() if k.endswith("num_batches_tracked")}
+            ecapa.load_state_dict({k: v for k, v in weights.items() if not k.startswith("feature_extract.")} | counters)
+        except (KeyError, RuntimeError) as e:
+            raise InputError(f"{path} does not hold the weights of WavLM and ECAPA-TDNN: {' '.join(str(e).split())[:300]}") from e
+        self.wavlm, self.ecapa, self.device = wavlm.eval().to(device), ecapa.eval().to(device), device
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        self.identity = f"{Path(path).name}@sha256:{digest}"
+
+    def rename(self, name: str) -> str:
+        """A parameter of WavLM, from the file's name to transformers'."""
+        if name.startswith("feature_extractor."):
+            return name.replace(".0.weight", ".conv.weight").replace(".2.1.", ".layer_norm.")
+        if name.startswith("layer_norm."):
+            return "feature_projection." + name
+        for theirs, ours in self.NAMES.items():
+            name = name.replace(theirs, ours)
+        return name
+
+    @torch.no_grad()
+    def states(self, waves):
+        """[B, T] at 16 kHz → WavLM's 25 states, each [B, frames, features]; the last is taken after the final layer norm."""
+        out = self.wavlm(F.layer_norm(waves, waves.shape[1:]), output_hidden_states=True)
+        return [*out.hidden_states[:-1], out.last_hidden_state]
+
+    @torch.no_grad()
+    def __call__(self, wave: np.ndarray, rate: int = 16000) -> np.ndarray:
+        """float32 audio [T] → unit vector."""
+        wave = torch.from_numpy(wave) if rate == 16000 else torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000)
+        return F.normalize(self.ecapa(self.states(wave[None].to(self.device))), dim=-1)[0].cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------------------------
 
 
 def reconstructor(folder: str, device):
@@ -212,13 +342,13 @@ def parse_args(argv=None):
     parser.add_argument("--reconstruct", metavar="VAE", help="run folder or hub id of a VAE: adds the row \"reconstruction\"")
     parser.add_argument("--no-original", action="store_true", help="leave out the row \"original\"")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser: hub id or folder, Whisper or CTC (default: the demo's; the paper's is openai/whisper-large-v3)")
-    parser.add_argument("--sim", default=str(DEMO / "sv"), help="x-vector speaker model: hub id or folder (default: the demo's)")
+    parser.add_argument("--sim", default=str(DEMO / "sv"), help="speaker model: hub id or folder of x-vectors, or wavlm_large_finetune.pth for the papers' SIM-o (default: the demo's)")
     parser.add_argument("--limit", type=int, help="at most so many lines of the list")
     parser.add_argument("--out", type=Path, default=Path("runs/scores.csv"), help="one line an utterance (default %(default)s)")
     args = parser.parse_args(argv)
     if not args.list:  # the demo's table
         args.list = DEMO / "corpus" / "test.lst"
-        args.generated, args.reconstruct = args.generated or Path("runs/samples"), args.reconstruct or "runs/vae"
+        args.generated, args.reconstruct = args.generated or Path("runs/samples"), args.reconstruct or str(DEMO / "vae")
     args.audio = args.audio or args.list.parent
     return args
 
@@ -234,7 +364,7 @@ def main(argv=None):
         raise InputError(f"{args.generated} lacks {len(missing)} of {len(lines)} wavs, the first {missing[0]}: run python sample.py --list {args.list} --out {args.generated}")
     for line in lines:  # all recordings, before an hour is spent
         find_audio(args.audio, line.ref), find_audio(args.audio, line.gen) if systems[0] != "synthesis" else None
-    asr, sim = Recognizer(args.asr, device), SpeakerModel(args.sim, device)
+    asr, sim = Recognizer(args.asr, device), (SIMo if args.sim.endswith(".pth") else SpeakerModel)(args.sim, device)
     records = [r for system in systems for r in score(system, lines, args, asr, sim, rebuild, device, rank, world)]
     if rank > 0:
         return

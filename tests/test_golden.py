@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import train_vae
 from model import DiT, DiTConfig, SemanticVAE, alignment_loss, flow_matching_loss, kl_loss, lowpass, sample
 
@@ -146,3 +147,41 @@ def test_losses():
     adversarial, matching = train_vae.generator_losses(fake_maps, real_maps)
     close(adversarial[None], expected["gen_loss"], "gen_loss", relative=True)
     close(matching[None], expected["feat_loss"], "feat_loss", relative=True)
+
+
+@torch.no_grad()
+def test_ecapa():
+    info, inputs, expected, weights = case("ecapa")
+    ecapa = evaluate.ECAPA(info["feat_dim"])
+    counters = {k: v for k, v in ecapa.state_dict().items() if k.endswith("num_batches_tracked")}
+    ecapa.load_state_dict(weights | counters)
+    found = ecapa.eval()([inputs[f"h{i}"] for i in range(info["hidden_states"])])
+    close(found, expected["embedding"], "embedding")
+    close(torch.cosine_similarity(found[:1], found[1:]), expected["cosine"], "cosine")
+
+
+def test_sim(tmp_path, fails):
+    """From the wave, through a file as it is published: with the classifier of its training, and each batch norm's counter."""
+    info, inputs, expected, weights = case("sim")
+    extra = {"loss_calculator.projection.weight": torch.zeros(3, 256), "bn.num_batches_tracked": torch.tensor(5)}
+    path = tmp_path / "wavlm_large_finetune.pth"
+    torch.save({"model": weights | extra, "best_valid_eer": 0.0}, path)
+    scorer = evaluate.SIMo(str(path), torch.device("cpu"))
+    states = scorer.states(inputs["wav"])
+    for name, state in (("first", 0), ("middle", 12), ("last", 24)):
+        close(states[state], expected[f"hidden_{name}"], f"hidden_{name}")
+    with torch.no_grad():
+        found = scorer.ecapa(states)
+    close(found, expected["embedding"], "embedding")
+    a, b = (torch.from_numpy(scorer(wave.numpy())) for wave in inputs["wav"])
+    close((a @ b)[None], expected["cosine"], "cosine")
+    assert "wavlm_large_finetune.pth@sha256:" in scorer.identity
+
+    for broken, word in (({"strange": torch.zeros(1)}, "strange"), ({"feature_extract.model.strange": torch.zeros(1)}, "strange")):
+        torch.save({"model": weights | broken}, path)
+        fails(lambda argv: evaluate.SIMo(argv[0], torch.device("cpu")), [path], "does not hold the weights", word)
+    for missing in ("linear.bias", "feature_extract.model.encoder.layers.3.fc1.bias", "feature_extract.model.post_extract_proj.weight"):
+        torch.save({"model": {k: v for k, v in weights.items() if k != missing}}, path)
+        fails(lambda argv: evaluate.SIMo(argv[0], torch.device("cpu")), [path], "does not hold the weights")
+    path.write_bytes(path.read_bytes()[:1000])
+    fails(lambda argv: evaluate.SIMo(argv[0], torch.device("cpu")), [path], "cannot read the speaker model")
