@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchaudio
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -53,11 +54,12 @@ class VAEConfig:
     decoder_kernels: tuple[int, ...] = (9, 9, 4, 4, 4, 4)
     resblock_kernels: tuple[int, ...] = (3, 7, 11)
     ssl_dim: int = 1024  # width of the features the alignment head reads; 0 leaves the head out
+    mel: bool = False  # the baseline: latent_dim log-mel bands in place of encoder and posterior
 
     @property
     def hop(self) -> int:
         """Audio samples in a latent frame."""
-        return math.prod(self.encoder_rates)
+        return math.prod(self.decoder_rates)
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,10 @@ class DiTConfig:
 # Training settings use the flags' names. "paper" is the paper's; "demo" runs on two CPU cores in minutes.
 PRESETS = {
     "demo": dict(
-        vae=dict(encoder_dim=12, latent_dim=16, decoder_dim=96, resblock_kernels=(7,)),
+        vae=dict(encoder_dim=8, latent_dim=16, decoder_dim=192, decoder_rates=(5, 5, 4, 4), decoder_kernels=(9, 9, 8, 8), resblock_kernels=(7,)),
         train_vae=dict(steps=400, lr=2e-3, encoder_lr=0.1, encoder_warmup=60, unit_latents=True, crop=0.6, batch_seconds=4.8, micro_batch=8, adv_start=360, disc_width=0.0625,
                        lr_decay=0.998, ema=0.98, eval_every=200, eval_clips=4, log_every=10),
-        dit=dict(width=192, depth=6, heads=3, text_dim=96, text_layers=2, text_upsample=True),
+        dit=dict(width=192, depth=6, heads=3, text_dim=96, text_upsample=True),
         train_tts=dict(steps=300, lr=1e-3, warmup=30, join=2, batch_seconds=40, micro_seconds=80, ema=0.98, eval_every=150, log_every=10),
     ),
     "small": dict(
@@ -98,6 +100,12 @@ PRESETS = {
     "paper": dict(
         vae=dict(),
         train_vae=dict(),
+        dit=dict(),
+        train_tts=dict(),
+    ),
+    "f5-mel": dict(  # F5-TTS's mel-spectrograms: for data at 24 kHz
+        vae=dict(decoder_rates=(4, 4, 2, 2, 2, 2), decoder_kernels=(8, 8, 4, 4, 4, 4)),
+        train_vae=dict(mel=True, latent_dim=100),
         dit=dict(),
         train_tts=dict(),
     ),
@@ -180,7 +188,7 @@ class Pretrained(nn.Module):
         except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise InputError(f"{path} is not a config of this project: {e!r}") from e
         config_class = cls.__init__.__annotations__["config"]
-        if kind != cls.__name__ or values.keys() != {f.name for f in fields(config_class)}:
+        if kind != cls.__name__ or not values.keys() <= {f.name for f in fields(config_class)}:  # what it lacks is the default
             raise InputError(f"{folder} holds a {kind}, expected a {cls.__name__}" if kind != cls.__name__ else f"{path} has other settings than {config_class.__name__}")
         model = cls(config_class(**values))
         load_exactly(model, load_tensors(folder / "model.safetensors"), folder)
@@ -252,6 +260,22 @@ class Encoder(nn.Module):
 
     def forward(self, wave):  # [B, 1, T]
         return self.block(wave)  # [B, C, N]
+
+
+class LogMel(nn.Module):
+    """F5-TTS's frames in place of an encoder, without parameters: log of mel magnitudes (HTK scale), clamped at 1e-5, of
+    windows of 1024 samples centred on every hop-th sample."""
+
+    def __init__(self, sample_rate: int, bands: int, hop: int, window: int = 1024):
+        super().__init__()
+        self.window, self.hop = window, hop
+        self.register_buffer("bank", torchaudio.functional.melscale_fbanks(window // 2 + 1, 0, sample_rate / 2, bands, sample_rate).T, persistent=False)
+
+    def forward(self, wave):  # [B, 1, T]
+        hann = torch.hann_window(self.window, device=wave.device)
+        with torch.autocast(wave.device.type, enabled=False):
+            magnitude = torch.stft(wave[:, 0].float(), self.window, self.hop, window=hann, return_complex=True).abs()
+            return (self.bank @ magnitude[..., :-1]).clamp(min=1e-5).log()  # [B, bands, N]
 
 
 class CausalAttention(nn.Module):
@@ -428,10 +452,13 @@ class SemanticVAE(Pretrained):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.encoder_dim, config.encoder_rates)
-        self.pre_block = AttentionProjection(self.encoder.out_channels, config.latent_dim)
-        self.fc_mu = nn.Linear(config.latent_dim, config.latent_dim)
-        self.fc_var = nn.Linear(config.latent_dim, config.latent_dim)
+        if config.mel:
+            self.encoder = LogMel(config.sample_rate, config.latent_dim, config.hop)
+        else:
+            self.encoder = Encoder(config.encoder_dim, config.encoder_rates)
+            self.pre_block = AttentionProjection(self.encoder.out_channels, config.latent_dim)
+            self.fc_mu = nn.Linear(config.latent_dim, config.latent_dim)
+            self.fc_var = nn.Linear(config.latent_dim, config.latent_dim)
         self.decoder = Decoder(config)
         self.projectors = AlignmentHead(config.ssl_dim, config.latent_dim) if config.ssl_dim else None
 
@@ -439,7 +466,7 @@ class SemanticVAE(Pretrained):
         """Audio [B, T] → mean, logvar, each [B, N, D] with N = ceil(T / hop). The last frame is filled up with silence."""
         wave = F.pad(wave, (0, -wave.shape[-1] % self.config.hop))
         x = self.encoder(wave[:, None]).transpose(1, 2)  # [B, N, C]
-        return self.posterior(self.pre_block(x))
+        return (x, torch.full_like(x, -math.inf)) if self.config.mel else self.posterior(self.pre_block(x))
 
     def posterior(self, x):
         """[B, N, D] → mean, logvar, both float32."""
@@ -469,7 +496,8 @@ class SemanticVAE(Pretrained):
 
     def content_hash(self, without: tuple[str, ...] = ("projectors.",)) -> str:
         """Names these weights (less the alignment head, which no sound depends on) in 16 hex digits."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config) | {"ssl_dim": 0}).encode())
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name != "ssl_dim" and getattr(self.config, f.name) != f.default}
+        digest = hashlib.sha256(json.dumps(settings).encode())  # without the defaults, so that a new setting renames nothing
         for name, value in sorted(self.state_dict().items()):
             if not name.startswith(without):
                 digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())

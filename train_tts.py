@@ -12,6 +12,7 @@ Every evaluation synthesises them with sample.py's own function and weights, and
 import argparse
 import contextlib
 import copy
+import dataclasses
 import math
 import os
 import time
@@ -188,7 +189,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py --vae (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/tts"), help="run folder (default %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
-    parser.add_argument("--init", help="start from the weights of this DiT (folder or hub id), to fine-tune it")
+    parser.add_argument("--init", help="start from the weights of this DiT (folder or hub id), to fine-tune it, or to learn the latents of another VAE")
     parser.add_argument("--vae", help="where the latents' VAE is now, if not where it was when they were made")
     parser.add_argument("--text-upsample", action=argparse.BooleanOptionalAction, default=None, help="spread the text evenly over the frames (default: the preset's)")
     parser.add_argument("--join", type=int, default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
@@ -233,12 +234,18 @@ def main(argv=None):
     # ---- network and optimiser
     facts = dict(latent_dim=latents["dim"], sample_rate=data.rate, hop=latents["hop"], text=data.meta["text"],
                  max_seconds=longest, vae_hash=latents["vae_hash"])  # fmt: skip
-    settings = PRESETS[args.preset]["dit"] | facts | ({} if args.text_upsample is None else dict(text_upsample=args.text_upsample))
-    dit = DiT(DiTConfig(**settings))
     if args.init:
         dit = DiT.from_pretrained(args.init).train()
-        if dit.config.vae_hash != latents["vae_hash"]:
-            raise InputError(f"{args.init} speaks in latents of VAE {dit.config.vae_hash}, {args.data} holds those of {latents['vae_hash']}")
+        found = {name: getattr(dit.config, name) for name in facts}
+        for name in ("latent_dim", "sample_rate", "hop", "text"):
+            if found[name] != facts[name]:
+                raise InputError(f"{args.init} was trained with {name} {found[name]}, {args.data} has {facts[name]}")
+        if rank == 0 and found["vae_hash"] != facts["vae_hash"]:
+            print(f"{args.init} spoke in latents of VAE {found['vae_hash']}: it has to learn those of {facts['vae_hash']}")
+        dit.config = dataclasses.replace(dit.config, **facts)
+    else:
+        settings = PRESETS[args.preset]["dit"] | facts | ({} if args.text_upsample is None else dict(text_upsample=args.text_upsample))
+        dit = DiT(DiTConfig(**settings))
     dit.latent_mean.copy_(train.mean), dit.latent_std.copy_(train.std)
     dit.to(device)
     optimizer = torch.optim.AdamW(dit.parameters(), lr=args.lr, fused=True)
@@ -316,7 +323,7 @@ def main(argv=None):
                 for n, wave in enumerate(waves):
                     sf.write(args.out / "samples" / f"{n}_step{done:07d}.wav", wave, data.rate)
                 if asr:
-                    scores |= error_rates([r.text for r in requests], [asr(w) for w in waves])
+                    scores |= error_rates([r.text for r in requests], [asr(w, data.rate) for w in waves])
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
             pace = (done - first) / (time.time() - start)  # steps a second, evaluations included

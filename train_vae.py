@@ -265,7 +265,7 @@ class Log:
     def __init__(self, path: Path, columns: list[str], step: int):
         self.path, self.columns = path, columns
         rows = list(csv.DictReader(open(path, encoding="utf-8"))) if step and path.exists() else []
-        text = "\n".join([",".join(columns), *(",".join(r[c] for c in columns) for r in rows if int(r["step"]) <= step)])
+        text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in rows if int(r["step"]) <= step)])
         write_atomic(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
     def row(self, **values) -> None:
@@ -372,6 +372,7 @@ def parse_args(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
     parser.add_argument("--init", help="start from the weights of this VAE (folder or hub id), to fine-tune it")
     parser.add_argument("--latent-dim", type=int, help="dimensions of the latent (paper: 64; its baselines: 16 and 64)")
+    parser.add_argument("--mel", action=argparse.BooleanOptionalAction, default=False, help="the mel baseline: train a vocoder on log-mel frames of --latent-dim bands, which need no encoder")
     parser.add_argument("--align-weight", type=float, default=1, help="0 trains a vanilla VAE, without SSL features (default %(default)s)")
     parser.add_argument("--ssl-online", help="teacher (hub id or folder) to run inside each step, in place of stored features")
     parser.add_argument("--ssl-context", type=float, default=1, help="seconds on either side of a crop that --ssl-online hears (default %(default)s)")
@@ -405,7 +406,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
-    with_ssl = args.align_weight > 0
+    with_ssl = args.align_weight > 0 and not args.mel
     teacher = SSLModel(args.ssl_online, device=device) if with_ssl and args.ssl_online else None
     data = Data(args.data, ("audio", "ssl") if with_ssl and not teacher else ("audio",))
     ssl = None if not with_ssl else data.meta["ssl"] if not teacher else teacher.facts() | dict(context=args.ssl_context)
@@ -420,13 +421,13 @@ def main(argv=None):
         if with_ssl and vae.config.ssl_dim != ssl["dim"]:
             raise InputError(f"{args.init} was aligned with features of width {vae.config.ssl_dim}, {ssl['model']} gives width {ssl['dim']}")
     else:
-        settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=ssl["dim"] if with_ssl else 0)
+        settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=ssl["dim"] if with_ssl else 0, mel=args.mel)
         vae = SemanticVAE(VAEConfig(**settings | ({"latent_dim": args.latent_dim} if args.latent_dim else {})))
     if vae.config.sample_rate != data.rate:
         raise InputError(f"the VAE works at {vae.config.sample_rate} Hz, {args.data} holds {data.rate} Hz")
     vae.to(device)
     crops = Crops(data, vae.config, args.crop, args.seed, ssl, args.ssl_context if teacher else None)
-    if args.unit_latents and not args.init:
+    if args.unit_latents and not args.init and not args.mel:
         unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
     discriminators, mel = Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
     decoding = [p for name, p in vae.named_parameters() if name.startswith(vae.BEHIND_LATENTS)]
@@ -441,6 +442,9 @@ def main(argv=None):
         for module, name in ((vae, "vae"), (ema, "ema"), (discriminators, "discriminators"), (optimizer, "optimizer"), (optimizer_d, "optimizer_d")):
             module.load_state_dict(state[name])
         first = state["step"]
+    if args.encoder_lr == 0:  # the encoder that stays is the averaged one: the one that sampling knows
+        for p, averaged in zip(encoding, (q for name, q in ema.named_parameters() if not name.startswith(vae.BEHIND_LATENTS))):
+            p.data.copy_(averaged)
 
     # ---- the global batch, shared between ranks and micro-batches
     seconds = crops.frames * vae.config.hop / data.rate
@@ -514,7 +518,9 @@ def main(argv=None):
         for i, batch in enumerate(batches):
             with hold(fast_vae, i == accumulate - 1):
                 wave, (again, z, mean, logvar, target) = batch["wave"], outputs[0] if outputs else forward(batch)
-                losses = dict(mel=mel(again, wave), kl=kl_loss(mean, logvar))
+                losses = dict(mel=mel(again, wave))
+                if not vae.config.mel:
+                    losses["kl"] = kl_loss(mean, logvar)
                 if with_ssl:
                     losses["align"] = alignment_loss(z, target, batch["valid"])
                 if adversarial:

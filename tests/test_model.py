@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torchaudio
 
 import plain
 from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, alignment_loss, fold_weight_norm, lowpass, sample, spread_evenly
@@ -223,3 +224,18 @@ def test_a_hub_id_with_a_subfolder_is_downloaded_only_when_named(tmp_path, monke
     assert asked == [("zkniu/Semantic-VAE", ["semantic_vae/**"])]
     refused(SemanticVAE, tmp_path / "absent", "no folder")
     assert len(asked) == 1
+
+
+def test_mel_frames_in_place_of_latents():
+    """Equal to torchaudio's transform with F5-TTS's settings; decoded from exactly themselves: no posterior, no noise."""
+    torch.manual_seed(0)
+    for rate, bands, rates, kernels in ((24000, 100, (4, 4, 2, 2, 2, 2), (8, 8, 4, 4, 4, 4)), (16000, 80, (5, 5, 4, 4), (9, 9, 8, 8))):
+        vae = SemanticVAE(VAEConfig(sample_rate=rate, latent_dim=bands, decoder_dim=64, decoder_rates=rates, decoder_kernels=kernels, resblock_kernels=(3,), ssl_dim=0, mel=True))
+        hop, wave = vae.config.hop, torch.randn(2, 5000)
+        mean, logvar = vae.encode(wave)
+        transform = torchaudio.transforms.MelSpectrogram(rate, 1024, hop_length=hop, n_mels=bands, power=1)
+        frames = -(-5000 // hop)
+        expected = transform(torch.nn.functional.pad(wave, (0, frames * hop - 5000))).clamp(min=1e-5).log()[..., :frames].mT
+        assert mean.shape == (2, frames, bands) and (mean - expected).abs().max() < 1e-4
+        again, z, *_ = vae(wave, torch.randn_like(mean))
+        assert torch.equal(z, mean) and again.shape == wave.shape and {n.split(".")[0] for n, _ in vae.named_parameters()} == {"decoder"}

@@ -202,13 +202,21 @@ def test_a_step_that_is_not_finite_is_left_out(world, tmp_path, monkeypatch, cap
     fails(train_vae.main, VAE(world, tmp_path / "lost", steps=4, **settings), "step 1", "no gradient", "--lr")
 
 
-def test_fine_tuning_starts_from_the_given_weights(world, tmp_path):
+def test_fine_tuning_starts_from_the_given_weights(world, tmp_path, capsys, fails):
     train_vae.main(VAE(world, tmp_path / "vae", steps=1, eval_every=1, lr=1e-9) + ["--init", str(world.vae)])
     a, b = load_file(world.vae / "model.safetensors"), load_file(tmp_path / "vae" / "model.safetensors")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
     train_tts.main(TTS(world, tmp_path / "tts", steps=2, lr=1e-9) + ["--init", str(world.tts)])
     a, b = load_file(world.tts / "model.safetensors"), load_file(tmp_path / "tts" / "model.safetensors")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
+    config = json.loads((world.tts / "config.json").read_text())
+    for name, value in (("vae_hash", "0123"), ("hop", 320)):
+        other = tmp_path / name
+        shutil.copytree(world.tts, other)
+        (other / "config.json").write_text(json.dumps(config | {"config": config["config"] | {name: value}}))
+    train_tts.main(TTS(world, tmp_path / "moved", steps=2) + ["--init", str(tmp_path / "vae_hash")])
+    assert "has to learn those of" in capsys.readouterr().out and DiT.from_pretrained(tmp_path / "moved").config == DiT.from_pretrained(world.tts).config
+    fails(train_tts.main, TTS(world, tmp_path / "refused") + ["--init", str(tmp_path / "hop")], "was trained with hop 320", "has 400")
 
 
 def test_a_decoder_trained_alone_keeps_the_latents(world, tmp_path):
