@@ -86,8 +86,8 @@ class DiTConfig:
 PRESETS = {
     "demo": dict(
         vae=dict(encoder_dim=8, latent_dim=16, decoder_dim=192, decoder_rates=(5, 5, 4, 4), decoder_kernels=(9, 9, 8, 8), resblock_kernels=(7,)),
-        train_vae=dict(steps=400, lr=2e-3, encoder_lr=0.1, encoder_warmup=60, unit_latents=True, crop=0.6, batch_seconds=4.8, micro_batch=8, adv_start=360, disc_width=0.0625,
-                       lr_decay=0.998, ema=0.98, eval_every=200, eval_clips=4, log_every=10),
+        train_vae=dict(steps=250, lr=2e-3, encoder_lr=0.1, encoder_warmup=60, unit_latents=True, crop=0.6, batch_seconds=2.4, micro_batch=4, adv_start=220, disc_width=0.0625,
+                       lr_decay=0.998, ema=0.98, eval_every=125, eval_clips=4, log_every=10),
         dit=dict(width=192, depth=6, heads=3, text_dim=96, text_upsample=True),
         train_tts=dict(steps=300, lr=1e-3, warmup=30, join=2, batch_seconds=40, micro_seconds=80, ema=0.98, eval_every=150, log_every=10),
     ),

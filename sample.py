@@ -1,6 +1,6 @@
 """Speak any text in the voice of a reference recording.
 
-    python sample.py                                                        # the demo's voice, the demo's sentence
+    python sample.py --text "did you see the bird again"                        # the demo's weights, in a demo voice
     python sample.py --tts runs/tts --ref voice.wav --ref-text "What it says." --text "What it shall say." --out said.wav
     python sample.py --list demo/corpus/test.lst --out runs/samples         # many, in batches; skips what is done
     torchrun --nproc_per_node 8 sample.py --list ...                        # shared between 8 GPUs
@@ -222,14 +222,13 @@ def say_list(args, dit, vae, notes, rank, world, device) -> None:
         for request, wave in zip(requests, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size)):
             write_wave(args.out / request.name, wave, rate)
             seconds += len(wave) / rate
-    barrier()
     if rank == 0 and seconds:
         print(f"{args.out}: rank 0 made {seconds:.1f} s at a real-time factor of {(time.time() - start) / seconds:.2f} on {device}, {'bfloat16' if device.type == 'cuda' else 'float32'}")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tts", default="runs/tts", help="run folder of train_tts.py, or hub id (default %(default)s)")
+    parser.add_argument("--tts", default=str(DEMO / "tts"), help="run folder of train_tts.py, or hub id (default: the demo's)")
     parser.add_argument("--vae", help="folder or hub id of its VAE (default: where the TTS run says)")
     parser.add_argument("--ref", type=Path, help="recording of the voice (default: the demo's)")
     parser.add_argument("--ref-text", help="what the recording says (default: transcribed with --asr)")
@@ -250,7 +249,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/samples" if args.list else "sample.wav")
     if not args.list and not args.ref:
-        demo = read_list(DEMO / "corpus" / "test.lst")[0]
+        demo = read_list(DEMO / "corpus" / "test.lst")[24]  # voice 14, the clearest of those held out
         args.ref, args.ref_text, args.text = DEMO / "corpus" / demo.ref, demo.ref_text, args.text or demo.text
     if not args.list and not args.text:
         raise InputError("nothing to say: give --text")

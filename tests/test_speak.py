@@ -10,6 +10,7 @@ import pytest
 import soundfile as sf
 import torch
 from conftest import RATE, ROOT, TTS_FLAGS, VAE_FLAGS, tone, torchrun
+from test_golden import case
 
 import evaluate
 import prepare
@@ -173,6 +174,23 @@ def test_bad_input(world, tmp_path, fails):
 # -------------------------------------------------------------------------------------------------- the README
 
 
+@torch.no_grad()
+def test_the_shipped_weights_speak():
+    """The demo's own models on eight held-out sentences in held-out voices: what they make is understood by the demo's recogniser,
+    and not by chance: it says its own sentence and not its neighbour's. demo/README.md has the independent judge's figures."""
+    dit, vae, _ = sample.load(str(prepare.DEMO / "tts"), None, torch.device("cpu"))
+    asr, lines = evaluate.Recognizer(str(prepare.DEMO / "ssl"), "cpu"), evaluate.read_list(prepare.DEMO / "corpus" / "test.lst")[::6]
+    listen = lambda waves: [asr(w) for w in waves]
+    wave = lambda name: prepare.read_audio(prepare.DEMO / "corpus" / name, 16000)
+    originals = [wave(line.gen) for line in lines]
+    again = [vae.decode(vae.encode(torch.from_numpy(w)[None])[0])[0].numpy() for w in originals]
+    said = synthesize(dit, vae, [Request(wave(line.ref), normalize(line.ref_text), normalize(line.text)) for line in lines])
+    texts = [line.text for line in lines]
+    rates = {name: error_rates(texts, listen(w))["cer"] for name, w in (("original", originals), ("reconstruction", again), ("synthesis", said))}
+    assert rates["reconstruction"] < rates["original"] + 0.1 and rates["synthesis"] < 0.55, rates
+    assert error_rates(texts[1:] + texts[:1], listen(said))["cer"] > rates["synthesis"] + 0.2
+
+
 def readme_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
@@ -195,12 +213,15 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
     (tmp_path / "librispeech_pc_test_clean_cross_sentence.lst").write_text("".join(
         f"4992-23283-000{a}\t1.4\tOne small bird.\t4992-23283-000{b}\t1.4\tBy the river.\n" for a, b in ((0, 1), (1, 2), (2, 0))), encoding="utf-8")  # fmt: skip
     sf.write(tmp_path / "voice.wav", tone(1.2, 0), RATE)
+    torch.save({"model": case("sim")[3]}, tmp_path / "wavlm_large_finetune.pth")
     monkeypatch.setattr(prepare, "download", lambda subsets, root: [root / "LibriTTS" / s for s in subsets.split(",") if (root / "LibriTTS" / s).exists()])
     shutil.copytree(world.corpus, tmp_path / "demo" / "corpus")
     for module in (prepare, sample, evaluate, train_tts):  # the demo's corpus, small
         monkeypatch.setattr(module, "DEMO", tmp_path / "demo")
-    shutil.copytree(world.ssl, tmp_path / "demo" / "ssl"), shutil.copytree(world.sv, tmp_path / "demo" / "sv")
-    models = {"microsoft/wavlm-large": world.ssl, "openai/whisper-large-v3": world.ssl, "openai/whisper-base.en": world.ssl, "microsoft/wavlm-base-plus-sv": world.sv, "--preset paper": "--preset demo",
+    for name in ("ssl", "sv", "vae", "tts"):
+        shutil.copytree(getattr(world, name), tmp_path / "demo" / name)
+    models = {"microsoft/wavlm-large": world.ssl, "openai/whisper-large-v3": world.ssl, "openai/whisper-base.en": world.ssl,
+              "train_vae.py --preset f5-mel": "train_vae.py --preset demo --mel --latent-dim 20", "--preset f5-mel": "--preset demo", "--preset paper": "--preset demo",
               "--preset small": "--preset demo"}  # fmt: skip
     tiny = {"train_vae.py": VAE_FLAGS, "train_tts.py": TTS_FLAGS, "sample.py": ["--steps", "2"], "prepare.py": [], "evaluate.py": []}
     mains = {"train_vae.py": train_vae.main, "train_tts.py": train_tts.main, "sample.py": sample.main, "prepare.py": prepare.main, "evaluate.py": evaluate.main}

@@ -1,0 +1,254 @@
+"""How fast it is, on whatever machine this runs: python tests/bench.py [decoder vae dit data ssl sampling demo schedule curves]
+
+Not a test: pytest does not collect it. Every measurement runs in a process of its own, on noise, with the paper's networks
+(`demo`, `schedule` and `curves`: with the demo's). Seconds depend on the machine, whose name is printed; ratios are what to compare.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+import plain
+import prepare
+import sample
+import train_tts
+import train_vae
+from evaluate import read_list
+from model import PRESETS, AntiAliasedSnake, DiT, DiTConfig, SemanticVAE, VAEConfig, fold_weight_norm
+from model import sample as integrate
+from prepare import DEMO, Data, normalize_text, read_audio
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+def seconds_of(call, repeats: int = 5) -> float:
+    """Median time of `call` after two calls to warm up, the device's queue included."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        call()
+        if GPU:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def peak_memory() -> float:
+    """GB: of the device, or of this process."""
+    return torch.cuda.max_memory_allocated() / 1e9 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def noise_data(folder: Path, hours: float, seconds=(2.0, 16.0), ssl_dim: int = 1024, hop: int = 400, dim: int = 64) -> Path:
+    """A prepared folder of noise, with clips of random length, so that no measurement waits for prepare.py."""
+    rng, rate, total = np.random.default_rng(0), 16000, 0
+    lengths = []
+    while total < hours * 3600 * rate:
+        lengths.append(int(rng.uniform(*seconds) * rate))
+        total += lengths[-1]
+    counts = {name: sum(prepare.frame_count(n, rate, r) for n in lengths) for name, r in (("audio", rate), ("ssl", 50), ("latents", rate // hop))}
+    text = "the quick brown fox jumps over the lazy dog and runs away " * 5
+    rows = [f"{i}\t{'valid' if i < 8 else 'train'}\ts{i % 4}\t{n}\t{text[: int(n / rate * 15)]}" for i, n in enumerate(lengths)]
+    folder.mkdir(parents=True)
+    (folder / "index.tsv").write_text("id\tsplit\tspeaker\tsamples\ttext\n" + "\n".join(rows) + "\n")
+    rng.integers(-3000, 3000, counts["audio"], dtype=np.int16).tofile(folder / "audio.bin")
+    for name, shape in (("ssl", (counts["ssl"], ssl_dim)), ("latents", (counts["latents"], 2, dim))):
+        rng.standard_normal(shape, dtype=np.float32).astype(np.float16).tofile(folder / f"{name}.bin")
+    entry = lambda shape, dtype, rate, **more: dict(shape=shape, dtype=dtype, rate=str(rate), **more)
+    meta = dict(format=1, sample_rate=rate, text="plain", sources=["noise"], clips=len(lengths), hours=total / rate / 3600, audio=entry([counts["audio"]], "int16", rate),
+                ssl=entry([counts["ssl"], ssl_dim], "float16", 50, model="noise", dim=ssl_dim),
+                latents=entry([counts["latents"], 2, dim], "float16", rate // hop, vae=str(folder / "vae"), dim=dim, hop=hop, mean=[0.0] * dim, std=[1.6] * dim))  # fmt: skip
+    vae = SemanticVAE(VAEConfig(encoder_dim=4, latent_dim=dim, decoder_dim=64, resblock_kernels=(3,)))
+    vae.save_pretrained(folder / "vae")
+    meta["latents"]["vae_hash"] = SemanticVAE.from_pretrained(folder / "vae").latents_hash()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The measurements. Each returns a dict of figures and is run by child() in a new process.
+
+
+@torch.no_grad()
+def decoder(form: str, work: Path) -> dict:
+    """The paper's decoder, 5 s of speech, float32."""
+    torch.manual_seed(0)
+    vae, z = SemanticVAE(VAEConfig()).eval().to(DEVICE), torch.randn(1, 200, 64, device=DEVICE)
+    if form == "plain":
+        AntiAliasedSnake.forward = plain.convolved
+    else:
+        vae = fold_weight_norm(vae)
+    decode = torch.compile(vae.decode) if form == "compiled" else vae.decode
+    seconds = seconds_of(lambda: decode(z))
+    return dict(seconds=seconds / 5, memory=peak_memory(), share=46.6e9 / (seconds / 5) / train_tts.matrix_rate(DEVICE, torch.float32))
+
+
+def vae(form: str, work: Path) -> dict:
+    """The full VAE-GAN step of the paper's networks: on a CPU 2 crops of 1 s in float32, on a GPU 24 of 3 s."""
+    crops, crop, steps = (24, 3, 30) if GPU else (2, 1, 8)
+    flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"vae-{form}", "--steps", steps, "--batch-seconds", crops * crop, "--crop", crop, "--micro-batch", crops,
+             "--eval-every", 10**6, "--eval-clips", 1, "--log-every", 1]  # fmt: skip
+    flags = [str(f) for f in flags]
+    if form == "plain":
+        times = [row["seconds"] for row in plain.train(flags, DEVICE)]
+    else:
+        train_vae.main([*flags, "--compile" if form == "compiled" else "--no-compile"])
+        rows = [float(line.split(",")[-3]) for line in (work / f"vae-{form}" / "log.csv").read_text().splitlines()[1:]]
+        times = [b - a for a, b in zip(rows, rows[1:])][:-1]  # the last step also evaluates and saves
+    seconds = statistics.median(times[2:])
+    return dict(seconds=seconds, crops=crops / seconds, memory=peak_memory())
+
+
+def dit(form: str, work: Path) -> dict:
+    """One step of the paper's DiT: on a GPU the paper's batch of 0.9 h, on a CPU 60 s in float32."""
+    batch, micro, steps = (3240, 600, 12) if GPU else (60, 60, 8)
+    flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"dit-{form}", "--steps", steps, "--batch-seconds", batch, "--micro-seconds", micro, "--warmup", 10,
+             "--eval-every", 10**6, "--eval-sentences", 1, "--log-every", 1, "--asr", "none"]  # fmt: skip
+    train_tts.main([str(f) for f in flags] + ["--compile" if form == "compiled" else "--no-compile"])
+    rows = [float(line.split(",")[-4]) for line in (work / f"dit-{form}" / "log.csv").read_text().splitlines()[1:]]
+    seconds = statistics.median([b - a for a, b in zip(rows, rows[1:])][2:-1])
+    examples = train_tts.Utterances(Data(work / "data", ("latents",)), "train", batch, 1, 0)
+    lengths = [sum(examples.frames[i] for i in run) for run in examples.step(0)]
+    work_done = train_tts.step_flops(DiT(DiTConfig()), batch * 40, float(np.mean(lengths))) / seconds
+    return dict(seconds=seconds, memory=peak_memory(), tflops=work_done / 1e12, mfu=work_done / train_tts.matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32))
+
+
+def data(form: str, work: Path) -> dict:
+    """What the two loaders deliver alone, in seconds of audio a second, and the padding in the DiT's batches."""
+    stored = Data(work / "data", ("audio", "ssl", "latents"))
+    crops = train_vae.Crops(stored, VAEConfig(), 3, 0, stored.meta["ssl"])
+    loader, start = train_vae.crop_loader(crops, 0, 20, 16, 16, 0, 1, 0), time.perf_counter()
+    vae_rate = sum(len(b["wave"]) * 3 for b in loader) / (time.perf_counter() - start)
+    examples = train_tts.Utterances(stored, "train", 60, 1, 0)
+    micro = train_tts.MicroBatches(examples, 0, 5, 60, 0, 1)
+    start, frames, padded = time.perf_counter(), 0, 0
+    for keys in micro:
+        x = train_tts.collate([examples[k] for k in keys])
+        frames, padded = frames + x[5].sum().item(), padded + x[0].shape[0] * x[0].shape[1]
+    return dict(vae_rate=vae_rate, dit_rate=frames / 40 / (time.perf_counter() - start), padding=1 - frames / padded)
+
+
+def ssl(form: str, work: Path) -> dict:
+    """Hours of speech a minute through a random model of WavLM-Large's size."""
+    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
+
+    config = WavLMConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, feat_extract_norm="layer", do_stable_layer_norm=True)
+    WavLMModel(config).save_pretrained(work / "wavlm")
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(work / "wavlm")
+    model, stored = prepare.SSLModel(str(work / "wavlm"), device=DEVICE), Data(work / "data")
+    clips = range(400 if GPU else 4)
+    batches = model.batches([int(stored.samples[i]) for i in clips], 120 if GPU else 20)
+    listen = lambda: [model([stored.get("audio", clips[i]).numpy() for i in batch]) for batch in batches]
+    return dict(hours_a_minute=sum(stored.samples[i] for i in clips) / stored.rate / 60 / seconds_of(listen, 1))
+
+
+@torch.no_grad()
+def sampling(form: str, work: Path) -> dict:
+    """Real-time factor of the paper's networks: 10 s after a prompt of 5 s, `form` being BATCHxSTEPS."""
+    batch, steps = map(int, form.split("x"))
+    model, codec, text = DiT(DiTConfig()).eval().to(DEVICE), fold_weight_norm(SemanticVAE(VAEConfig()).eval().to(DEVICE)), torch.randint(97, 122, (batch, 200), device=DEVICE)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.01)
+    noise, lengths = torch.randn(batch, 600, 64, device=DEVICE), torch.full((batch,), 600, device=DEVICE)
+
+    def speak():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
+            x = integrate(model, noise, noise, lengths // 3, text, lengths, steps)
+            return codec.decode(x[:, 200:])
+
+    seconds = seconds_of(speak, 3 if GPU else 1)
+    return dict(rtf=seconds / (10 * batch), memory=peak_memory())
+
+
+def demo_requests():
+    """The demo's DiT and VAE, and four sentences of its test list: (prompt latents, seconds of it, symbols, frames in all, noise, line)."""
+    model, codec, _ = sample.load(str(DEMO / "tts"), None, DEVICE)
+    rate, requests = model.config.sample_rate, []
+    for line in read_list(DEMO / "corpus" / "test.lst")[::12]:
+        prompt_text, text = (normalize_text(t, model.config.text) for t in (line.ref_text, line.text))
+        wave = torch.from_numpy(read_audio(DEMO / "corpus" / line.ref, rate))[None].to(DEVICE)
+        prompt = model.standardize(codec.encode(wave)[0])  # [1, P, D]
+        frames = sample.target_frames(prompt.shape[1], sample.Request(wave, prompt_text, text), rate / model.config.hop)
+        padded = torch.nn.functional.pad(prompt, (0, 0, 0, frames - prompt.shape[1]))
+        lengths, given = torch.tensor([frames], device=DEVICE), torch.tensor([prompt.shape[1]], device=DEVICE)
+        noise = torch.randn(1, frames, model.config.latent_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        requests.append(dict(wave=wave, integrate=(noise, padded, given, sample.to_bytes(f"{prompt_text} {text}")[None].to(DEVICE), lengths), frames=frames - prompt.shape[1]))
+    return model, codec, requests
+
+
+@torch.no_grad()
+def demo(form: str, work: Path) -> dict:
+    """Seconds of work a second of speech of sample.py with the demo's networks, by stage: one utterance at a time."""
+    model, codec, requests = demo_requests()
+    total, said = {}, sum(r["frames"] for r in requests) * model.config.hop / model.config.sample_rate
+    for r in requests:
+        noise, _, _, symbols, lengths = r["integrate"]
+        stages = dict(prompt=lambda: codec.encode(r["wave"]), text=lambda: [model.text_embed(symbols, lengths, noise.shape[1]) for _ in range(2)],
+                      dit=lambda: integrate(model, *r["integrate"], 32), decoder=lambda: codec.decode(noise))  # fmt: skip
+        for name, call in stages.items():
+            total[name] = total.get(name, 0) + seconds_of(call, 3) / said
+    return total
+
+
+@torch.no_grad()
+def schedule(form: str, work: Path) -> dict:
+    """How far 7, 16 and 32 steps end from 128 steps: RMS over what the demo's DiT says, relative to the RMS of the latents."""
+    model, _, requests = demo_requests()
+    errors = {}
+    for r in requests:
+        said = lambda steps: integrate(model, *r["integrate"], steps)[:, -r["frames"] :]
+        exact = said(128)
+        for steps in (7, 16, 32):
+            errors.setdefault(f"steps_{steps}", []).append(((said(steps) - exact).square().mean() / exact.square().mean()).sqrt().item())
+    return {name: statistics.mean(values) for name, values in errors.items()}
+
+
+def curves(form: str, work: Path) -> dict:
+    """200 steps of the demo's VAE with discriminators from one seed, plain and fast: mean losses of 50 steps each."""
+    prepare.main(["--out", str(work / "demo")])
+    flags = ["--data", work / "demo", "--steps", 200, "--adv-start", 0, "--log-every", 1, "--eval-every", 200]
+    rows = plain.train([str(f) for f in [*flags, "--out", work / "plain"]], DEVICE)
+    train_vae.main([str(f) for f in [*flags, "--out", work / "fast"]])
+    fast = [dict(zip(("step", "loss", "mel"), line.split(","))) for line in (work / "fast" / "log.csv").read_text().splitlines()[1:]]
+    block = lambda rows, k, n: float(np.mean([float(r[k]) for r in rows[n : n + 50]]))
+    return {f"{k}_{name}_{n + 1}": block(r, k, n) for k in ("loss", "mel") for n in range(0, 200, 50) for name, r in (("plain", rows), ("fast", fast))}
+
+
+FORMS = dict(decoder=["plain", "eager", "compiled"], vae=["plain", "eager", "compiled"], dit=["eager", "compiled"], data=[""], ssl=[""],
+             sampling=["1x32", "1x7", "32x32", "32x7"] if GPU else ["1x32", "1x7"], demo=[""], schedule=[""], curves=[""])  # fmt: skip
+
+
+def main():
+    name = torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    print(f"torch {torch.__version__} on {name}; matrix products at {train_tts.matrix_rate(DEVICE, torch.float32) / 1e12:.2f} TFLOP/s in float32, {train_tts.matrix_rate(DEVICE, torch.bfloat16) / 1e12:.2f} in bfloat16")
+    with tempfile.TemporaryDirectory() as folder:
+        noise_data(Path(folder) / "data", 2.0 if GPU else 0.1)
+        for what in sys.argv[1:] or FORMS:
+            print(f"\n{what}: {globals()[what].__doc__}")
+            for form in FORMS[what]:
+                done = subprocess.run([sys.executable, __file__, "--child", what, form, folder], capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{what} {form} failed:\n{done.stderr[-2000:]}")
+                figures = json.loads(done.stdout.splitlines()[-1])
+                if form == FORMS[what][0]:
+                    first = figures
+                ratio = f"  {first['seconds'] / figures['seconds']:.2f} x" if "seconds" in figures else ""
+                print(f"  {form:<10}" + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) + ratio, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        _, _, what, form, folder = sys.argv
+        print("\n" + json.dumps(globals()[what](form, Path(folder))))
+    else:
+        main()
