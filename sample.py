@@ -249,7 +249,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/samples" if args.list else "sample.wav")
     if not args.list and not args.ref:
-        demo = read_list(DEMO / "corpus" / "test.lst")[24]  # voice 14, the clearest of those held out
+        lines = read_list(DEMO / "corpus" / "test.lst")
+        demo = lines[len(lines) // 2]  # voice 14, the clearest of those held out
         args.ref, args.ref_text, args.text = DEMO / "corpus" / demo.ref, demo.ref_text, args.text or demo.text
     if not args.list and not args.text:
         raise InputError("nothing to say: give --text")

@@ -72,7 +72,7 @@ def test_bfloat16_follows_float32(train, args, world, tmp_path):
     assert all(w.dtype == torch.float32 for w in rounded.values()) and any(not torch.equal(exact[k], rounded[k]) for k in exact)
 
 
-@pytest.mark.parametrize("script, args, changes", [("train_vae.py", VAE, dict(adv_start=0)), ("train_tts.py", TTS, {})])
+@pytest.mark.parametrize("script, args, changes", [("train_vae.py", VAE, dict(adv_start=0, lr=5e-4)), ("train_tts.py", TTS, {})])
 def test_two_ranks_and_accumulation_equal_one(script, args, changes, world, tmp_path):
     """One rank, one rank with two micro-batches, and two ranks: the same losses and weights, to float tolerance."""
     train = train_vae if script == "train_vae.py" else train_tts
