@@ -1,6 +1,6 @@
 """Speak any text in the voice of a reference recording.
 
-    python sample.py --text "did you see the bird again"                        # the demo's weights, in a demo voice
+    python sample.py --text "did you see the bird again"              # the demo's weights, in a demo voice
     python sample.py --tts runs/tts --ref voice.wav --ref-text "What it says." --text "What it shall say." --out said.wav
     python sample.py --list demo/corpus/test.lst --out runs/samples         # many, in batches; skips what is done
     torchrun --nproc_per_node 8 sample.py --list ...                        # shared between 8 GPUs

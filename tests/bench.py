@@ -25,7 +25,7 @@ import sample
 import train_tts
 import train_vae
 from evaluate import read_list
-from model import PRESETS, AntiAliasedSnake, DiT, DiTConfig, SemanticVAE, VAEConfig, fold_weight_norm
+from model import AntiAliasedSnake, DiT, DiTConfig, SemanticVAE, VAEConfig, fold_weight_norm
 from model import sample as integrate
 from prepare import DEMO, Data, normalize_text, read_audio
 
@@ -77,7 +77,7 @@ def noise_data(folder: Path, hours: float, seconds=(2.0, 16.0), ssl_dim: int = 1
 
 
 # --------------------------------------------------------------------------------------------------------------
-# The measurements. Each returns a dict of figures and is run by child() in a new process.
+# The measurements. Each returns a dict of figures and runs in a new process: see main().
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def sampling(form: str, work: Path) -> dict:
 
 
 def demo_requests():
-    """The demo's DiT and VAE, and four sentences of its test list: (prompt latents, seconds of it, symbols, frames in all, noise, line)."""
+    """The demo's DiT and VAE, and four sentences of its test list, each with the prompt's wave, the arguments of model.sample() and the frames it says."""
     model, codec, _ = sample.load(str(DEMO / "tts"), None, DEVICE)
     rate, requests = model.config.sample_rate, []
     for line in read_list(DEMO / "corpus" / "test.lst")[::12]:
