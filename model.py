@@ -348,29 +348,53 @@ def lowpass(taps: int = 12) -> torch.Tensor:
     return (filter / filter.sum()).float()[None, None]
 
 
-TAPS = lowpass().flatten().tolist()
+class Stencil(torch.autograd.Function):
+    """y[n] = Σᵢ taps[i] · x[n + i], the same for all channels: [B, C, N] → [B, C, N - len(taps) + 1].
+
+    A sum of shifted inputs is what a compiler turns into one pass over memory. Its gradient is written down since it is a
+    stencil again, the taps reversed, where autograd would scatter the slice of each tap into zeros of its own."""
+
+    @staticmethod
+    def forward(ctx, x, taps):
+        ctx.taps, n = taps, x.shape[-1] - len(taps) + 1
+        (i, tap), *others = ((i, tap) for i, tap in enumerate(taps) if tap)
+        y = tap * x[..., i : i + n]
+        for i, tap in others:
+            y = torch.add(y, x[..., i : i + n], alpha=tap)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        zeros = gradient.new_zeros(*gradient.shape[:-1], len(ctx.taps) - 1)
+        return Stencil.apply(torch.cat([zeros, gradient, zeros], dim=-1), ctx.taps[::-1]), None
+
+
+def extend(x, first, last, left: int, right: int):
+    """x [B, C, N] with `first` [B, C, 1] repeated before it, `last` after it. Unlike F.pad's clamped indices, compiles to plain copies."""
+    return torch.cat([first.expand(-1, -1, left), x, last.expand(-1, -1, right)], dim=-1)
+
+
+TAPS = tuple(lowpass().flatten().tolist())
+DOWN_EVEN, DOWN_ODD = TAPS[1::2], TAPS[0::2]  # what the 2x signal's even and odd samples weigh in an output
+UP_EVEN, UP_ODD = (*(2 * f for f in TAPS[11::-2]), 0.0), (0.0, *(2 * f for f in TAPS[10::-2]))  # what inputs weigh in them
 
 
 class AntiAliasedSnake(nn.Module):
     """SnakeBeta at twice the rate, so that the harmonics it adds are filtered out before they alias (BigVGAN).
 
-    Resampling by two with 12 taps is two stencils. The 2x signal's even and odd phases are 6-tap sums of shifted inputs;
-    each output is a 12-tap sum over both phases. The interleaved 2x signal is never formed, and a compiler can fuse
-    the rest. tests/test_model.py holds the convolution form that this equals."""
+    Resampling by two with 12 taps is two stencils: the 2x signal's even and odd samples are 6-tap sums of inputs, and each
+    output is a 12-tap sum over both. The interleaved 2x signal is never formed. tests/plain.py holds the convolution form
+    that this equals."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.act = SnakeBeta(channels)
 
     def forward(self, x):  # [B, C, N]
-        n, f = x.shape[-1], TAPS
-        x = F.pad(x, (3, 3), "replicate")
-        even = self.act(sum(2 * f[11 - 2 * i] * x[..., i : i + n] for i in range(6)))  # [B, C, N]
-        odd = self.act(sum(2 * f[10 - 2 * i] * x[..., i + 1 : i + 1 + n] for i in range(6)))  # [B, C, N]
+        x = extend(x, x[..., :1], x[..., -1:], 3, 3)
+        even, odd = self.act(Stencil.apply(x, UP_EVEN)), self.act(Stencil.apply(x, UP_ODD))  # [B, C, N] each
         first, last = even[..., :1], odd[..., -1:]  # the 2x signal's ends, replicated
-        even = torch.cat([first, first, even, last, last, last], dim=-1)
-        odd = torch.cat([first, first, first, odd, last, last], dim=-1)
-        return sum(f[2 * i + 1] * even[..., i : i + n] + f[2 * i] * odd[..., i : i + n] for i in range(6))
+        return Stencil.apply(extend(even, first, last, 2, 3), DOWN_EVEN) + Stencil.apply(extend(odd, first, last, 3, 2), DOWN_ODD)
 
 
 class AMPBlock(nn.Module):

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 import torch
-import torch._inductor.config
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
@@ -471,8 +470,6 @@ def main(argv=None):
         example = torch.zeros(micro, crops.frames * vae.config.hop, device=device)
         noise = torch.zeros(micro, crops.frames, vae.config.latent_dim, device=device)
         features = torch.zeros(micro, crops.features, vae.config.ssl_dim, device=device) if with_ssl else None
-        if device.type == "cpu":  # else the compiler computes a sine of the activation anew for each of the 12 taps that read it
-            torch._inductor.config.realize_reads_threshold = 1
         fast_vae = compiled(vae, args.compile, example, noise, features)
         fast_d = compiled(discriminators, args.compile and device.type == "cuda", example)
     wrap = lambda m: DistributedDataParallel(m, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else m

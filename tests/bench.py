@@ -4,6 +4,7 @@ Not a test: pytest does not collect it. Every measurement runs in a process of i
 (`demo`, `schedule` and `curves`: with the demo's). Seconds depend on the machine, whose name is printed; ratios are what to compare.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -50,6 +51,21 @@ def peak_memory() -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def memory_of(call) -> float:
+    """Peak GB of `call` above what is held before it."""
+    if GPU:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    held = lambda what: int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 1e6
+    before = held("VmRSS:")
+    call()
+    return held("VmHWM:") - before
+
+
 def noise_data(folder: Path, hours: float, seconds=(2.0, 16.0), ssl_dim: int = 1024, hop: int = 400, dim: int = 64) -> Path:
     """A prepared folder of noise, with clips of random length, so that no measurement waits for prepare.py."""
     rng, rate, total = np.random.default_rng(0), 16000, 0
@@ -90,8 +106,8 @@ def decoder(form: str, work: Path) -> dict:
     else:
         vae = fold_weight_norm(vae)
     decode = torch.compile(vae.decode) if form == "compiled" else vae.decode
-    seconds = seconds_of(lambda: decode(z))
-    return dict(seconds=seconds / 5, memory=peak_memory(), share=46.6e9 / (seconds / 5) / train_tts.matrix_rate(DEVICE, torch.float32))
+    seconds = seconds_of(lambda: decode(z)) / 5
+    return dict(seconds=seconds, memory=memory_of(lambda: decode(z)), share=46.6e9 / seconds / train_tts.matrix_rate(DEVICE, torch.float32, 20))
 
 
 def vae(form: str, work: Path) -> dict:
