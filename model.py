@@ -220,7 +220,7 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1, channels, 1))
 
     def forward(self, x):  # [B, C, N]
-        return x + (self.alpha * x).sin().square() / (self.alpha + 1e-9)
+        return x + (self.alpha * x).sin().square() * (self.alpha + 1e-9).reciprocal()
 
 
 class ResidualUnit(nn.Module):
@@ -337,7 +337,7 @@ class SnakeBeta(nn.Module):
 
     def forward(self, x):  # [B, C, N]
         alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
-        return x + (alpha * x).sin().square() / (beta + 1e-9)
+        return x + (alpha * x).sin().square() * (beta + 1e-9).reciprocal()
 
 
 def lowpass(taps: int = 12) -> torch.Tensor:

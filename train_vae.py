@@ -87,7 +87,7 @@ def stft_distance(x, y):
 
 def conv2d(*args, activate=True, **kwargs) -> nn.Module:
     layer = weight_norm(nn.Conv2d(*args, **kwargs))
-    return nn.Sequential(layer, nn.LeakyReLU(0.1)) if activate else layer
+    return nn.Sequential(layer, nn.LeakyReLU(0.1, inplace=True)) if activate else layer
 
 
 class PeriodDiscriminator(nn.Module):

@@ -1,9 +1,11 @@
 """How fast it is, on whatever machine this runs: python tests/bench.py [decoder vae dit data ssl sampling demo schedule curves]
 
 Not a test: pytest does not collect it. Every measurement runs in a process of its own, on noise, with the paper's networks
-(`demo`, `schedule` and `curves`: with the demo's). Seconds depend on the machine, whose name is printed; ratios are what to compare.
+(`demo`, `schedule` and `curves`: with the demo's). Forms that are compared take turns, call by call or step by step, since the
+speed of a shared machine wanders. Seconds depend on the machine, whose name is printed; ratios are what to compare.
 """
 
+import ctypes
 import ctypes
 import json
 import os
@@ -26,7 +28,7 @@ import sample
 import train_tts
 import train_vae
 from evaluate import read_list
-from model import AntiAliasedSnake, DiT, DiTConfig, SemanticVAE, VAEConfig, fold_weight_norm
+from model import DiT, DiTConfig, SemanticVAE, VAEConfig, fold_weight_norm
 from model import sample as integrate
 from prepare import DEMO, Data, normalize_text, read_audio
 
@@ -34,10 +36,18 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
-def seconds_of(call, repeats: int = 5) -> float:
+def my_turn() -> None:
+    """Wait until the other forms rest: see take_turns()."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def seconds_of(call, repeats: int = 9) -> float:
     """Median time of `call` after two calls to warm up, the device's queue included."""
     times = []
-    for _ in range(repeats + 2):
+    for i in range(repeats + 2):
+        if i >= 2:
+            my_turn()
         start = time.perf_counter()
         call()
         if GPU:
@@ -46,9 +56,41 @@ def seconds_of(call, repeats: int = 5) -> float:
     return statistics.median(times[2:])
 
 
+def seconds_of_a_step(script, train) -> float:
+    """Median time of a training step after three to warm up, from the end of one to the end of the next."""
+    end_of_step, ends = script.update_ema, []
+
+    def update_ema(*args):
+        end_of_step(*args)
+        if GPU:
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+        my_turn()
+        starts.append(time.perf_counter())
+
+    starts, script.update_ema = [], update_ema
+    train()
+    return statistics.median(end - start for start, end in zip(starts[2:], ends[3:]))
+
+
 def peak_memory() -> float:
     """GB: of the device, or of this process."""
     return torch.cuda.max_memory_allocated() / 1e9 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def memory_of(call) -> float:
+    """Peak GB of `call` above what is held before it."""
+    if GPU:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    held = lambda what: int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 1e6
+    before = held("VmRSS:")
+    call()
+    return held("VmHWM:") - before
 
 
 def memory_of(call) -> float:
@@ -102,7 +144,7 @@ def decoder(form: str, work: Path) -> dict:
     torch.manual_seed(0)
     vae, z = SemanticVAE(VAEConfig()).eval().to(DEVICE), torch.randn(1, 200, 64, device=DEVICE)
     if form == "plain":
-        AntiAliasedSnake.forward = plain.convolved
+        plain.convolve(vae)
     else:
         vae = fold_weight_norm(vae)
     decode = torch.compile(vae.decode) if form == "compiled" else vae.decode
@@ -111,33 +153,26 @@ def decoder(form: str, work: Path) -> dict:
 
 
 def vae(form: str, work: Path) -> dict:
-    """The full VAE-GAN step of the paper's networks: on a CPU 2 crops of 1 s in float32, on a GPU 24 of 3 s."""
-    crops, crop, steps = (24, 3, 30) if GPU else (2, 1, 8)
+    """The full VAE-GAN step of the paper's networks: on a CPU 2 crops of 1 s in float32, on a GPU of 3 s (24; plain, which needs more memory, 8)."""
+    crops, crop, steps = (8 if form == "plain" else 24, 3, 30) if GPU else (2, 1, 14)
     flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"vae-{form}", "--steps", steps, "--batch-seconds", crops * crop, "--crop", crop, "--micro-batch", crops,
-             "--eval-every", 10**6, "--eval-clips", 1, "--log-every", 1]  # fmt: skip
+             "--eval-every", 10**6, "--eval-clips", 1]  # fmt: skip
     flags = [str(f) for f in flags]
-    if form == "plain":
-        times = [row["seconds"] for row in plain.train(flags, DEVICE)]
-    else:
-        train_vae.main([*flags, "--compile" if form == "compiled" else "--no-compile"])
-        rows = [float(line.split(",")[-3]) for line in (work / f"vae-{form}" / "log.csv").read_text().splitlines()[1:]]
-        times = [b - a for a, b in zip(rows, rows[1:])][:-1]  # the last step also evaluates and saves
-    seconds = statistics.median(times[2:])
-    return dict(seconds=seconds, crops=crops / seconds, memory=peak_memory())
+    train = lambda: plain.train(flags, DEVICE) if form == "plain" else train_vae.main([*flags, "--compile" if form == "compiled" else "--no-compile"])
+    seconds = seconds_of_a_step(train_vae, train) / crops
+    return dict(seconds=seconds, memory=peak_memory(), share=75.5e12 / 192 * crop / seconds / train_tts.matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32, 20))
 
 
 def dit(form: str, work: Path) -> dict:
     """One step of the paper's DiT: on a GPU the paper's batch of 0.9 h, on a CPU 60 s in float32."""
-    batch, micro, steps = (3240, 600, 12) if GPU else (60, 60, 8)
+    batch, micro, steps = (3240, 600, 12) if GPU else (60, 60, 10)
     flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"dit-{form}", "--steps", steps, "--batch-seconds", batch, "--micro-seconds", micro, "--warmup", 10,
-             "--eval-every", 10**6, "--eval-sentences", 1, "--log-every", 1, "--asr", "none"]  # fmt: skip
-    train_tts.main([str(f) for f in flags] + ["--compile" if form == "compiled" else "--no-compile"])
-    rows = [float(line.split(",")[-4]) for line in (work / f"dit-{form}" / "log.csv").read_text().splitlines()[1:]]
-    seconds = statistics.median([b - a for a, b in zip(rows, rows[1:])][2:-1])
+             "--eval-every", 10**6, "--eval-sentences", 1, "--asr", "none", "--compile" if form == "compiled" else "--no-compile"]  # fmt: skip
+    seconds = seconds_of_a_step(train_tts, lambda: train_tts.main([str(f) for f in flags]))
     examples = train_tts.Utterances(Data(work / "data", ("latents",)), "train", batch, 1, 0)
     lengths = [sum(examples.frames[i] for i in run) for run in examples.step(0)]
     work_done = train_tts.step_flops(DiT(DiTConfig()), batch * 40, float(np.mean(lengths))) / seconds
-    return dict(seconds=seconds, memory=peak_memory(), tflops=work_done / 1e12, mfu=work_done / train_tts.matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32))
+    return dict(seconds=seconds, memory=peak_memory(), tflops=work_done / 1e12, mfu=work_done / train_tts.matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32, 20))
 
 
 def data(form: str, work: Path) -> dict:
@@ -240,8 +275,29 @@ def curves(form: str, work: Path) -> dict:
     return {f"{k}_{name}_{n + 1}": block(r, k, n) for k in ("loss", "mel") for n in range(0, 200, 50) for name, r in (("plain", rows), ("fast", fast))}
 
 
-FORMS = dict(decoder=["plain", "eager", "compiled"], vae=["plain", "eager", "compiled"], dit=["eager", "compiled"], data=[""], ssl=[""],
+FORMS = dict(decoder=["plain", "eager", "compiled"], vae=["plain", "compiled"], dit=["eager", "compiled"], data=[""], ssl=[""],
              sampling=["1x32", "1x7", "32x32", "32x7"] if GPU else ["1x32", "1x7"], demo=[""], schedule=[""], curves=[""])  # fmt: skip
+
+
+def take_turns(what: str, folder: str) -> dict[str, dict]:
+    """Run all forms of a measurement at once, of which one at a time works while the others wait in my_turn()."""
+    children = {form: subprocess.Popen([sys.executable, __file__, "--child", what, form, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(f"{folder}/{what}-{form}.err", "w"), text=True)
+                for form in FORMS[what]}  # fmt: skip
+
+    def listen(form):
+        for line in children[form].stdout:
+            if line == "ready\n" or line.startswith("{"):
+                return line
+        sys.exit(f"{what} {form} failed:\n{Path(f'{folder}/{what}-{form}.err').read_text()[-2000:]}")
+
+    said = {form: listen(form) for form in children}
+    while "ready\n" in said.values():
+        for form, child in children.items():
+            if said[form] == "ready\n":
+                child.stdin.write("\n")
+                child.stdin.flush()
+                said[form] = listen(form)
+    return {form: json.loads(line) for form, line in said.items()}
 
 
 def main():
@@ -251,14 +307,9 @@ def main():
         noise_data(Path(folder) / "data", 2.0 if GPU else 0.1)
         for what in sys.argv[1:] or FORMS:
             print(f"\n{what}: {globals()[what].__doc__}")
-            for form in FORMS[what]:
-                done = subprocess.run([sys.executable, __file__, "--child", what, form, folder], capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{what} {form} failed:\n{done.stderr[-2000:]}")
-                figures = json.loads(done.stdout.splitlines()[-1])
-                if form == FORMS[what][0]:
-                    first = figures
-                ratio = f"  {first['seconds'] / figures['seconds']:.2f} x" if "seconds" in figures else ""
+            results = take_turns(what, folder)
+            for form, figures in results.items():
+                ratio = f"  {results[FORMS[what][0]]['seconds'] / figures['seconds']:.2f} x" if "seconds" in figures else ""
                 print(f"  {form:<10}" + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) + ratio, flush=True)
 
 

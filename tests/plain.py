@@ -4,7 +4,7 @@ Resampling by depthwise convolutions, real and fake through the discriminators o
 weight in both steps, no compiler. Everything else (networks, losses, crops, schedules) is the project's own."""
 
 import copy
-import time
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,15 @@ def convolved(self, x):
     return F.conv1d(F.pad(self.act(x), (5, 6), "replicate"), filter, stride=2, groups=channels)
 
 
+def convolve(vae) -> None:
+    """Have this VAE resample by convolutions."""
+    for layer in vae.modules():
+        if isinstance(layer, AntiAliasedSnake):
+            layer.forward = functools.partial(convolved, layer)
+
+
 def train(argv, device=torch.device("cpu")) -> list[dict]:
-    """Train with train_vae.py's flags; for each step its losses and the seconds it took."""
+    """Train with train_vae.py's flags; the losses of each step."""
     args = train_vae.parse_args(argv)
     data = Data(args.data, ("audio", "ssl"))
     torch.manual_seed(args.seed)
@@ -39,31 +46,28 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
     optimizer_d, ema = torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99)), copy.deepcopy(vae)
     per_step = round(args.batch_seconds / (crops.frames * vae.config.hop / data.rate))
     loader, rows = iter(train_vae.crop_loader(crops, 0, args.steps, per_step, per_step, 0, 1, 0)), []
-    forward, AntiAliasedSnake.forward = AntiAliasedSnake.forward, convolved
-    try:
-        for step in range(args.steps):
-            start, rate = time.perf_counter(), args.lr * args.lr_decay**step
-            for group in optimizer.param_groups + optimizer_d.param_groups:
-                group["lr"] = rate
-            optimizer.param_groups[1]["lr"] = rate * args.encoder_lr * min(1, (step + 1) / max(1, args.encoder_warmup))
-            batch = {k: v.to(device) for k, v in next(loader).items()}
-            fake, z, mean, logvar, target = vae(batch["wave"], batch["noise"], batch["ssl"])
-            losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=alignment_loss(z, target, batch["valid"]))
-            if step >= args.adv_start:
-                losses["disc"] = train_vae.discriminator_loss(discriminators(fake.detach()), discriminators(batch["wave"]))
-                optimizer_d.zero_grad()
-                losses["disc"].backward()
-                torch.nn.utils.clip_grad_norm_(discriminators.parameters(), args.clip)
-                optimizer_d.step()
-                losses["adv"], losses["feature"] = train_vae.generator_losses(discriminators(fake), discriminators(batch["wave"]))
-            weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
-            loss = sum(weights[k] * v for k, v in losses.items() if k in weights)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
-            optimizer.step()
-            train_vae.update_ema(ema, vae, args.ema, step)
-            rows.append({k: v.item() for k, v in (losses | dict(loss=loss, grad=norm)).items()} | dict(seconds=time.perf_counter() - start))
-    finally:
-        AntiAliasedSnake.forward = forward
+    convolve(vae)
+    for step in range(args.steps):
+        rate = args.lr * args.lr_decay**step
+        for group in optimizer.param_groups + optimizer_d.param_groups:
+            group["lr"] = rate
+        optimizer.param_groups[1]["lr"] = rate * args.encoder_lr * min(1, (step + 1) / max(1, args.encoder_warmup))
+        batch = {k: v.to(device) for k, v in next(loader).items()}
+        fake, z, mean, logvar, target = vae(batch["wave"], batch["noise"], batch["ssl"])
+        losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=alignment_loss(z, target, batch["valid"]))
+        if step >= args.adv_start:
+            losses["disc"] = train_vae.discriminator_loss(discriminators(fake.detach()), discriminators(batch["wave"]))
+            optimizer_d.zero_grad()
+            losses["disc"].backward()
+            torch.nn.utils.clip_grad_norm_(discriminators.parameters(), args.clip)
+            optimizer_d.step()
+            losses["adv"], losses["feature"] = train_vae.generator_losses(discriminators(fake), discriminators(batch["wave"]))
+        weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
+        loss = sum(weights[k] * v for k, v in losses.items() if k in weights)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
+        optimizer.step()
+        train_vae.update_ema(ema, vae, args.ema, step)
+        rows.append({k: v.item() for k, v in (losses | dict(loss=loss, grad=norm)).items()})
     return rows

@@ -154,7 +154,7 @@ def test_losses_are_finite_with_finite_gradients_even_on_digital_silence(silent)
 
 def test_training_lowers_its_losses(world, tmp_path):
     """A few dozen steps on six clips: the mel distance and the flow-matching loss both fall."""
-    train_vae.main(VAE(world, tmp_path / "vae", steps=30, eval_every=30, log_every=5, adv_start=99))
+    train_vae.main(VAE(world, tmp_path / "vae", steps=30, eval_every=30, log_every=5, adv_start=99, lr=7e-4))
     mel = [float(r["mel"]) for r in rows(tmp_path / "vae")]
     assert mel[-1] < 0.8 * mel[0], mel
     train_tts.main(TTS(world, tmp_path / "tts", steps=30, eval_every=30, log_every=5, warmup=3))
