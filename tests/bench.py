@@ -1,7 +1,7 @@
-"""How fast it is, on whatever machine this runs: python tests/bench.py [decoder vae dit data ssl sampling demo schedule curves]
+"""How fast it is, on whatever machine this runs: python tests/bench.py [decoder vae dit data ssl sampling demo schedule online curves]
 
 Not a test: pytest does not collect it. Every measurement runs in a process of its own, on noise, with the paper's networks
-(`demo`, `schedule` and `curves`: with the demo's). Forms that are compared take turns, call by call or step by step, since the
+(`demo`, `schedule`, `online` and `curves`: with the demo's). Forms that are compared take turns, call by call or step by step, since the
 speed of a shared machine wanders. Seconds depend on the machine, whose name is printed; ratios are what to compare.
 """
 
@@ -264,6 +264,22 @@ def schedule(form: str, work: Path) -> dict:
     return {name: statistics.mean(values) for name, values in errors.items()}
 
 
+@torch.no_grad()
+def online(form: str, work: Path) -> dict:
+    """How far the demo teacher's features of a crop of 0.6 s with its context (--ssl-online) are from those of the whole utterance:
+    RMS relative to the features' RMS, by seconds of context on either side."""
+    prepare.main(["--out", str(work / "online")])
+    stored, teacher, distance = Data(work / "online", ("audio", "ssl")), prepare.SSLModel(str(DEMO / "ssl"), device=DEVICE), {}
+    for context in (0.0, 0.25, 0.5, 1.0, 2.0):
+        crops = train_vae.Crops(stored, VAEConfig(), 0.6, 0, stored.meta["ssl"], context)
+        stores = train_vae.Crops(stored, VAEConfig(), 0.6, 0, stored.meta["ssl"])
+        batches = [([crops[k] for k in range(a, a + 16)], torch.stack([stores[k]["ssl"] for k in range(a, a + 16)])) for a in range(0, 64, 16)]
+        heard = torch.cat([train_vae.listen(teacher, torch.utils.data.default_collate(items), crops.features) for items, _ in batches]).float().cpu()
+        whole = torch.cat([features for _, features in batches]).float()
+        distance[f"context_{context}"] = ((heard - whole).square().mean() / whole.square().mean()).sqrt().item()
+    return distance
+
+
 def curves(form: str, work: Path) -> dict:
     """200 steps of the demo's VAE with discriminators from one seed, plain and fast: mean losses of 50 steps each."""
     prepare.main(["--out", str(work / "demo")])
@@ -276,7 +292,7 @@ def curves(form: str, work: Path) -> dict:
 
 
 FORMS = dict(decoder=["plain", "eager", "compiled"], vae=["plain", "compiled"], dit=["eager", "compiled"], data=[""], ssl=[""],
-             sampling=["1x32", "1x7", "32x32", "32x7"] if GPU else ["1x32", "1x7"], demo=[""], schedule=[""], curves=[""])  # fmt: skip
+             sampling=["1x32", "1x7", "32x32", "32x7"] if GPU else ["1x32", "1x7"], demo=[""], schedule=[""], online=[""], curves=[""])  # fmt: skip
 
 
 def take_turns(what: str, folder: str) -> dict[str, dict]:
@@ -286,6 +302,8 @@ def take_turns(what: str, folder: str) -> dict[str, dict]:
 
     def listen(form):
         for line in children[form].stdout:
+            if "torch.compile cannot run" in line:
+                sys.exit(f"{what} {form}: {line}")
             if line == "ready\n" or line.startswith("{"):
                 return line
         sys.exit(f"{what} {form} failed:\n{Path(f'{folder}/{what}-{form}.err').read_text()[-2000:]}")
