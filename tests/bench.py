@@ -292,7 +292,7 @@ def curves(form: str, work: Path) -> dict:
 
 
 FORMS = dict(decoder=["plain", "eager", "compiled"], vae=["plain", "compiled"], dit=["eager", "compiled"], data=[""], ssl=[""],
-             sampling=["1x32", "1x7", "32x32", "32x7"] if GPU else ["1x32", "1x7"], demo=[""], schedule=[""], online=[""], curves=[""])  # fmt: skip
+             sampling=["1x32", "1x7", "32x32", "32x7"] if GPU else ["1x7"], demo=[""], schedule=[""], online=[""], curves=[""])  # fmt: skip
 
 
 def take_turns(what: str, folder: str) -> dict[str, dict]:
