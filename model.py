@@ -376,7 +376,7 @@ def extend(x, first, last, left: int, right: int):
 
 TAPS = tuple(lowpass().flatten().tolist())
 DOWN_EVEN, DOWN_ODD = TAPS[1::2], TAPS[0::2]  # what the 2x signal's even and odd samples weigh in an output
-UP_EVEN, UP_ODD = (*(2 * f for f in TAPS[11::-2]), 0.0), (0.0, *(2 * f for f in TAPS[10::-2]))  # what inputs weigh in them
+UP_EVEN, UP_ODD = (*(2 * f for f in TAPS[11::-2]), 0.0), (0.0, *(2 * f for f in TAPS[10::-2]))  # what inputs weigh in those; 0: both read the same 7
 
 
 class AntiAliasedSnake(nn.Module):

@@ -171,7 +171,8 @@ class Crops(torch.utils.data.Dataset):
 
     def __init__(self, data: Data, vae: VAEConfig, seconds: float, seed: int, ssl: dict | None, context: float | None = None):
         """ssl: what the features are (None: no features); context: seconds around the crop that an online teacher hears."""
-        self.data, self.latent_dim, self.seed, self.hop, self.kept = data, vae.latent_dim, seed, vae.hop, (None, None)
+        self.data, self.latent_dim, self.seed, self.hop = data, vae.latent_dim, seed, vae.hop
+        self.cache = (None, None)  # an epoch and its order
         self.clips = data.split("train")
         if not self.clips:
             raise InputError(f"{data.folder} holds no training clips")
@@ -185,10 +186,9 @@ class Crops(torch.utils.data.Dataset):
             raise InputError(f"--crop {seconds} is shorter than {self.grid} latent frames ({self.grid * vae.hop / data.rate} s)")
 
     def order(self, epoch: int) -> np.ndarray:
-        """Of an epoch's clips; kept, since every crop asks for it."""
-        if self.kept[0] != epoch:
-            self.kept = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))
-        return self.kept[1]
+        if self.cache[0] != epoch:  # every crop asks
+            self.cache = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))
+        return self.cache[1]
 
     def __getitem__(self, k: int):
         epoch, position = divmod(k, len(self.clips))

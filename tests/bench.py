@@ -6,7 +6,6 @@ speed of a shared machine wanders. Seconds depend on the machine, whose name is 
 """
 
 import ctypes
-import ctypes
 import json
 import os
 import platform
@@ -57,8 +56,8 @@ def seconds_of(call, repeats: int = 9) -> float:
 
 
 def seconds_of_a_step(script, train) -> float:
-    """Median time of a training step after three to warm up, from the end of one to the end of the next."""
-    end_of_step, ends = script.update_ema, []
+    """Median time of a training step after three to warm up: from the turn it was given to the end of its last operation."""
+    end_of_step, starts, ends = script.update_ema, [], []
 
     def update_ema(*args):
         end_of_step(*args)
@@ -68,13 +67,13 @@ def seconds_of_a_step(script, train) -> float:
         my_turn()
         starts.append(time.perf_counter())
 
-    starts, script.update_ema = [], update_ema
+    script.update_ema = update_ema
     train()
     return statistics.median(end - start for start, end in zip(starts[2:], ends[3:]))
 
 
 def peak_memory() -> float:
-    """GB: of the device, or of this process."""
+    """Largest GB so far: of the device, or of this whole process."""
     return torch.cuda.max_memory_allocated() / 1e9 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
@@ -93,19 +92,9 @@ def memory_of(call) -> float:
     return held("VmHWM:") - before
 
 
-def memory_of(call) -> float:
-    """Peak GB of `call` above what is held before it."""
-    if GPU:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    held = lambda what: int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 1e6
-    before = held("VmRSS:")
-    call()
-    return held("VmHWM:") - before
+def relative_rms(a, b) -> float:
+    """RMS of a - b over that of b."""
+    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
 
 
 def noise_data(folder: Path, hours: float, seconds=(2.0, 16.0), ssl_dim: int = 1024, hop: int = 400, dim: int = 64) -> Path:
@@ -135,7 +124,7 @@ def noise_data(folder: Path, hours: float, seconds=(2.0, 16.0), ssl_dim: int = 1
 
 
 # --------------------------------------------------------------------------------------------------------------
-# The measurements. Each returns a dict of figures and runs in a new process: see main().
+# The measurements. Each returns a dict of figures and runs in a new process: see take_turns().
 
 
 @torch.no_grad()
@@ -260,7 +249,7 @@ def schedule(form: str, work: Path) -> dict:
         said = lambda steps: integrate(model, *r["integrate"], steps)[:, -r["frames"] :]
         exact = said(128)
         for steps in (7, 16, 32):
-            errors.setdefault(f"steps_{steps}", []).append(((said(steps) - exact).square().mean() / exact.square().mean()).sqrt().item())
+            errors.setdefault(f"steps_{steps}", []).append(relative_rms(said(steps), exact))
     return {name: statistics.mean(values) for name, values in errors.items()}
 
 
@@ -270,13 +259,14 @@ def online(form: str, work: Path) -> dict:
     RMS relative to the features' RMS, by seconds of context on either side."""
     prepare.main(["--out", str(work / "online")])
     stored, teacher, distance = Data(work / "online", ("audio", "ssl")), prepare.SSLModel(str(DEMO / "ssl"), device=DEVICE), {}
+    crops = lambda context=None: train_vae.Crops(stored, VAEConfig(), 0.6, 0, stored.meta["ssl"], context)
+    apart = crops()
+    whole = torch.stack([apart[k]["ssl"] for k in range(64)])
     for context in (0.0, 0.25, 0.5, 1.0, 2.0):
-        crops = train_vae.Crops(stored, VAEConfig(), 0.6, 0, stored.meta["ssl"], context)
-        stores = train_vae.Crops(stored, VAEConfig(), 0.6, 0, stored.meta["ssl"])
-        batches = [([crops[k] for k in range(a, a + 16)], torch.stack([stores[k]["ssl"] for k in range(a, a + 16)])) for a in range(0, 64, 16)]
-        heard = torch.cat([train_vae.listen(teacher, torch.utils.data.default_collate(items), crops.features) for items, _ in batches]).float().cpu()
-        whole = torch.cat([features for _, features in batches]).float()
-        distance[f"context_{context}"] = ((heard - whole).square().mean() / whole.square().mean()).sqrt().item()
+        around = crops(context)
+        batches = [torch.utils.data.default_collate([around[k] for k in range(a, a + 16)]) for a in range(0, 64, 16)]
+        heard = torch.cat([train_vae.listen(teacher, batch, around.features) for batch in batches])
+        distance[f"context_{context}"] = relative_rms(heard.float().cpu(), whole)
     return distance
 
 
@@ -308,13 +298,17 @@ def take_turns(what: str, folder: str) -> dict[str, dict]:
                 return line
         sys.exit(f"{what} {form} failed:\n{Path(f'{folder}/{what}-{form}.err').read_text()[-2000:]}")
 
-    said = {form: listen(form) for form in children}
-    while "ready\n" in said.values():
-        for form, child in children.items():
-            if said[form] == "ready\n":
-                child.stdin.write("\n")
-                child.stdin.flush()
-                said[form] = listen(form)
+    try:
+        said = {form: listen(form) for form in children}
+        while "ready\n" in said.values():
+            for form, child in children.items():
+                if said[form] == "ready\n":
+                    child.stdin.write("\n")
+                    child.stdin.flush()
+                    said[form] = listen(form)
+    finally:  # when one has failed, the others would work on
+        for child in children.values():
+            child.kill()
     return {form: json.loads(line) for form, line in said.items()}
 
 
