@@ -639,9 +639,9 @@ def sinusoids(position, dim: int, base: float = 10000.0):
 
 
 def rotate(x, angle):
-    """Rotary position (arXiv 2104.09864): turn each adjacent pair of channels of x [B, H, N, D] by angle [N, D/2]."""
+    """Rotary position (arXiv 2104.09864): turn each adjacent pair of channels of x [B, N, H, D] by angle [N, D/2]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle[:, None].cos(), angle[:, None].sin()
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
@@ -700,9 +700,14 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def forward(self, x, angle, mask):  # [B, N, D]; mask [B, 1, 1, N], None if nothing is padded
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v))  # [B, H, N, D/H]
-        y = F.scaled_dot_product_attention(rotate(q, angle), rotate(k, angle), v, attn_mask=mask)
+    def forward(self, x, angle, inside):  # [B, N, D]; angle [N, D/H/2]; inside [B, N, 1]
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.to_q, self.to_k, self.to_v))  # [B, N, H, D/H]
+        # Eight more channels mask the padding: 0 in v, 1 in q, and in k 0 or, behind the end, what no softmax lets through. With a
+        # mask instead, fast kernels would stay away, and compiled for all lengths its gradient fails at the second (torch 2.11).
+        size, behind = q.shape[-1], ((~inside) * -1e4)[..., None].expand(-1, -1, self.heads, 8).type_as(k)
+        q, k, v = torch.cat([rotate(q, angle), torch.ones_like(behind)], -1), torch.cat([rotate(k, angle), behind], -1), F.pad(v, (0, 8))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, N, D/H + 8]
+        y = F.scaled_dot_product_attention(q, k, v, scale=size**-0.5)[..., :size]
         return self.to_out(y.transpose(1, 2).flatten(2))  # [B, N, D]
 
 
@@ -725,9 +730,9 @@ class DiTBlock(nn.Module):
         self.attn = Attention(config.width, config.heads)
         self.ff = FeedForward(config.width, config.ff_mult)
 
-    def forward(self, x, t, angle, mask):  # [B, N, D]
+    def forward(self, x, t, angle, inside):  # [B, N, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.attn_norm(t)
-        x = x + gate1 * self.attn(normalize(x) * (1 + scale1) + shift1, angle, mask)
+        x = x + gate1 * self.attn(normalize(x) * (1 + scale1) + shift1, angle, inside)
         return x + gate2 * self.ff(normalize(x) * (1 + scale2) + shift2)
 
 
@@ -773,7 +778,7 @@ class DiT(Pretrained):
         t = self.time_embed(t)  # [B, D]
         x = self.input_embed(x, prompt, text, inside[..., None])  # [B, N, D]
         for block in self.transformer_blocks:
-            x = block(x, t, angle, inside[:, None, None])
+            x = block(x, t, angle, inside[..., None])
         scale, shift = self.norm_out(t)
         return self.proj_out(normalize(x) * (1 + scale) + shift)  # [B, N, latent]
 

@@ -14,7 +14,7 @@ import plain
 import prepare
 import train_tts
 import train_vae
-from model import DiT, SemanticVAE, VAEConfig
+from model import DiT, DiTConfig, SemanticVAE, VAEConfig
 from prepare import Data
 from train_tts import MicroBatches, Utterances
 from train_vae import Crops, Discriminators, MelDistance
@@ -239,6 +239,24 @@ def test_compile_that_cannot_run_says_so_and_goes_on(world, tmp_path, monkeypatc
     train_vae.main(VAE(world, tmp_path / "vae", steps=1, eval_every=1) + ["--compile"])
     out = capsys.readouterr().out
     assert "torch.compile cannot run here (RuntimeError: Cannot find a working triton" in out and (tmp_path / "vae" / "model.safetensors").exists()
+
+
+def test_compiled_dit_learns_from_every_length():
+    """Really compiled, for all shapes at once: loss and gradients of two batches, of which the second is of another shape, are the eager ones."""
+    torch.manual_seed(0)
+    eager = train_tts.Objective(DiT(DiTConfig(latent_dim=4, width=16, depth=1, heads=2, text_dim=8, text_layers=1)))
+    torch.nn.init.normal_(eager.dit.proj_out.weight)  # 0 at first, and with it most gradients
+    fast = torch.compile(eager, dynamic=True)
+    for b, n in ((2, 50), (3, 41)):
+        x, noise, keep = torch.randn(b, n, 4), torch.randn(b, n, 4), torch.zeros(b, dtype=torch.bool)
+        batch = (x, noise, torch.rand(b), torch.ones(b, n, dtype=torch.bool), torch.randint(0, 256, (b, 20)), torch.tensor([n, *[n - 7] * (b - 1)]), keep, keep)
+        results = []
+        for objective in (eager, fast):
+            eager.zero_grad()
+            loss, _ = objective(*batch)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in eager.parameters() if p.grad is not None)])
+        assert len(results[0]) == len(results[1]) and all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item()) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("part", ["vae", "discriminators", "dit"])
