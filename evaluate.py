@@ -6,8 +6,9 @@
     python evaluate.py --list LST --audio ... --reconstruct runs/vae       # the VAE's encode-decode, with mel and STFT distance
     torchrun --nproc_per_node 8 evaluate.py ...                            # shared between 8 GPUs
 
-Every row of the table has the mean of per-utterance WERs (the papers' score), the corpus WER, and SIM to the prompt. The
-signature line below it names all that the numbers depend on: without it they mean nothing.
+Every row of the table has the mean of per-utterance WERs (the papers' score), the corpus WER, the mean WER after Whisper's own
+normaliser, and SIM to the prompt; the brackets are 95 % bootstrap intervals over utterances. The signature line below it names
+all that the numbers depend on: without it they mean nothing. Interrupted and run again, it goes on.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import shutil
 import string
 import unicodedata
 from collections import Counter
@@ -24,14 +26,13 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
 from tqdm import tqdm
 
 from model import InputError, SemanticVAE, write_atomic
-from prepare import DEMO, cli, read_audio, start_ranks, weights_hash
+from prepare import DEMO, barrier, cli, read_audio, start_ranks, weights_hash
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,19 @@ def error_rates(references: list[str], hypotheses: list[str]) -> dict[str, float
     return dict(cer=jiwer.cer(references, hypotheses), wer=jiwer.wer(references, hypotheses))
 
 
+def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean: its spread over redrawn sets of utterances."""
+    means = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1)
+    return tuple(np.percentile(means, (2.5, 97.5)))
+
+
+def si_sdr(estimate: torch.Tensor, target: torch.Tensor) -> float:
+    """Scale-invariant signal-to-distortion ratio in dB of waves [T] (arXiv 1811.02508). Vocoders invent phases: near or below 0."""
+    estimate, target = estimate - estimate.mean(), target - target.mean()
+    projection = (estimate @ target) / (target @ target) * target
+    return 10 * ((projection @ projection) / (estimate - projection).square().sum()).log10().item()
+
+
 def identity(name: str, config) -> str:
     """NAME@REVISION of a hub model, FOLDER@sha256:… of a local one."""
     local = Path(name).is_dir()
@@ -115,6 +129,7 @@ class Recognizer:
 
     def __init__(self, name: str, device):
         from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoTokenizer
+        from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
         (config,) = from_hub("recogniser", name, [AutoConfig])
         self.whisper = config.model_type == "whisper"
@@ -122,6 +137,7 @@ class Recognizer:
         model, self.extractor, self.tokenizer = from_hub("recogniser", name, [model, AutoFeatureExtractor, AutoTokenizer])
         self.model, self.device = model.float().to(device).eval(), device
         self.identity = identity(name, config)
+        self.whisper_normalize = EnglishTextNormalizer(getattr(self.tokenizer, "english_spelling_normalizer", None) or {})  # the map of spellings is Whisper's
 
     @torch.no_grad()
     def __call__(self, wave: np.ndarray, rate: int = 16000) -> str:
@@ -289,7 +305,7 @@ class SIMo:
 
 
 def reconstructor(folder: str, device):
-    """(function wave → (decoded posterior mean, mel distance, STFT distance), its sample rate, its name)."""
+    """(function wave → (decoded posterior mean, its distances to the wave), its sample rate, its name)."""
     from train_vae import MelDistance, stft_distance
 
     vae = SemanticVAE.from_pretrained(folder).to(device)
@@ -299,39 +315,59 @@ def reconstructor(folder: str, device):
     def reconstruct(wave):
         x = torch.from_numpy(wave)[None].to(device)
         y = vae.decode(vae.encode(x)[0], x.shape[-1])
-        return y[0].cpu().numpy(), mel(y, x).item(), stft_distance(y, x).item()
+        return y[0].cpu().numpy(), dict(mel=mel(y, x).item(), stft=stft_distance(y, x).item(), si_sdr=si_sdr(y[0], x[0]))
 
     return reconstruct, vae.config.sample_rate, vae.content_hash()
 
 
-def score(system: str, lines: list[Line], args, asr, sim, rebuild, device, rank: int, world: int) -> list[dict]:
-    """One record an utterance. A missing wav was found before; nothing is ever left out of the mean."""
-    records = []
-    for line in tqdm(lines[rank::world], desc=system, disable=rank > 0):
-        rate, extra = 16000, {}
-        prompt = sim(read_audio(find_audio(args.audio, line.ref), rate))
-        if system == "synthesis":
-            wave = read_audio(args.generated / line.wav, rate)
-        else:
-            wave = read_audio(find_audio(args.audio, line.gen), rate)
-        if system == "reconstruction":
-            reconstruct, vae_rate, _ = rebuild
-            wave, mel, stft = reconstruct(wave if vae_rate == rate else read_audio(find_audio(args.audio, line.gen), vae_rate))
-            wave = torchaudio.functional.resample(torch.from_numpy(wave), vae_rate, rate).numpy()
-            extra = dict(mel=mel, stft=stft)
-        if not np.isfinite(wave).all():
-            raise InputError(f"{line.wav} holds non-finite samples")
-        hypothesis = asr(wave, rate)
-        reference = normalize(line.text)
-        if not reference:
-            raise InputError(f"the text of {line.gen} is empty once punctuation is removed")
-        records.append(dict(system=system, utterance=line.gen, wer=jiwer.wer(reference, normalize(hypothesis)), sim=float(sim(wave, rate) @ prompt),
-                            **extra, reference=line.text, hypothesis=hypothesis))  # fmt: skip
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, records)
-        records = [r for part in gathered for r in part]
-    return sorted(records, key=lambda r: r["utterance"])
+def squim(device):
+    """Function wave [T] at 16 kHz → STOI and PESQ as SQUIM estimates them without a reference (arXiv 2304.01448)."""
+    try:
+        model = torchaudio.pipelines.SQUIM_OBJECTIVE.get_model().to(device)
+    except Exception as e:  # whatever the download raises
+        raise InputError(f"--squim: torchaudio cannot fetch the model: {e}") from e
+
+    @torch.no_grad()
+    def estimate(wave):
+        stoi, pesq, _ = model(torch.from_numpy(wave)[None].to(device))
+        return dict(stoi=stoi.item(), pesq=pesq.item())
+
+    return estimate
+
+
+def score(system: str, line: Line, args, asr, sim, rebuild, quality) -> dict:
+    """The record of one utterance."""
+    rate, more = 16000, {}
+    if system == "synthesis":
+        wave = read_audio(args.generated / line.wav, rate)
+    elif system == "original":
+        wave = read_audio(find_audio(args.audio, line.gen), rate)
+    else:
+        reconstruct, vae_rate, _ = rebuild
+        wave, more = reconstruct(read_audio(find_audio(args.audio, line.gen), vae_rate))
+        wave = torchaudio.functional.resample(torch.from_numpy(wave), vae_rate, rate).numpy()
+    if not np.isfinite(wave).all():
+        raise InputError(f"{line.wav} holds non-finite samples")
+    if not (reference := normalize(line.text)):
+        raise InputError(f"the text of {line.gen} is empty once punctuation is removed")
+    hypothesis = asr(wave, rate)
+    wer, wer_whisper = jiwer.wer(reference, normalize(hypothesis)), jiwer.wer(asr.whisper_normalize(line.text) or reference, asr.whisper_normalize(hypothesis))
+    similarity = float(sim(wave, rate) @ sim(read_audio(find_audio(args.audio, line.ref), rate)))
+    return dict(system=system, utterance=line.gen, wer=wer, wer_whisper=wer_whisper, sim=similarity, **more, **(quality(wave) if quality else {}), reference=line.text, hypothesis=hypothesis)
+
+
+def read_records(work: Path, key: str) -> dict[tuple[str, str], dict]:
+    """By system and utterance: what ranks have scored so far with the same settings, `key`."""
+    records = {}
+    for path in work.glob("*.jsonl"):
+        for text in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                made_with, record = json.loads(text)
+            except ValueError:  # blank, or cut off by a crash
+                continue
+            if made_with == key:
+                records[record["system"], record["utterance"]] = record
+    return records
 
 
 def parse_args(argv=None):
@@ -343,7 +379,9 @@ def parse_args(argv=None):
     parser.add_argument("--no-original", action="store_true", help="leave out the row \"original\"")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser: hub id or folder, Whisper or CTC (default: the demo's; the paper's is openai/whisper-large-v3)")
     parser.add_argument("--sim", default=str(DEMO / "sv"), help="speaker model: hub id or folder of x-vectors, or wavlm_large_finetune.pth for the papers' SIM-o (default: the demo's)")
+    parser.add_argument("--squim", action="store_true", help="also estimate STOI and PESQ by torchaudio's SQUIM, whose weights it downloads")
     parser.add_argument("--limit", type=int, help="at most so many lines of the list")
+    parser.add_argument("--dry-run", action="store_true", help="only look whether every file is there")
     parser.add_argument("--out", type=Path, default=Path("runs/scores.csv"), help="one line an utterance (default %(default)s)")
     args = parser.parse_args(argv)
     if not args.list:  # the demo's table
@@ -353,37 +391,81 @@ def parse_args(argv=None):
     return args
 
 
+COLUMNS = {  # of the table: heading, factor
+    "wer": ("WER %", 100), "corpus": ("corpus WER %", 100), "wer_whisper": ("Whisper-norm. WER %", 100), "sim": ("SIM", 1), "mel": ("mel", 1), "stft": ("STFT", 1),
+    "si_sdr": ("SI-SDR dB", 1), "stoi": ("STOI est.", 1), "pesq": ("PESQ est.", 1)}  # fmt: skip
+
+
+def show_table(systems: list[str], records: list[dict]) -> None:
+    """One row a system, one column a score that any of them has."""
+    cells = {}
+    for system in systems:
+        rows = [r for r in records if r["system"] == system]
+        for column, (_, factor) in COLUMNS.items():
+            if column == "corpus":
+                cells[system, column] = f"{factor * error_rates([r['reference'] for r in rows], [r['hypothesis'] for r in rows])['wer']:.2f}"
+            elif column in rows[0]:
+                values = [factor * r[column] for r in rows]
+                digits = 2 if factor > 1 else 3
+                low_high = " [{:.{d}f}, {:.{d}f}]".format(*interval(values), d=digits) if column in ("wer", "sim") else ""
+                cells[system, column] = f"{np.mean(values):.{digits}f}{low_high}"
+    shown = [c for c in COLUMNS if any((system, c) in cells for system in systems)]
+    table = [["system", *(COLUMNS[c][0] for c in shown)], *([system, *(cells.get((system, c), "") for c in shown)] for system in systems)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+
+
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
     lines = read_list(args.list)[: args.limit]
     rebuild = reconstructor(args.reconstruct, device) if args.reconstruct else None
     systems = [name for name, wanted in (("original", not args.no_original), ("reconstruction", rebuild), ("synthesis", args.generated)) if wanted]
+
+    # ---- every file, before an hour is spent
     missing = [line.wav for line in lines if args.generated and not (args.generated / line.wav).is_file()]
     if missing:
         raise InputError(f"{args.generated} lacks {len(missing)} of {len(lines)} wavs, the first {missing[0]}: run python sample.py --list {args.list} --out {args.generated}")
-    for line in lines:  # all recordings, before an hour is spent
+    for line in lines:
         find_audio(args.audio, line.ref), find_audio(args.audio, line.gen) if systems[0] != "synthesis" else None
-    asr, sim = Recognizer(args.asr, device), (SIMo if args.sim.endswith(".pth") else SpeakerModel)(args.sim, device)
-    records = [r for system in systems for r in score(system, lines, args, asr, sim, rebuild, device, rank, world)]
-    if rank > 0:
+    if args.dry_run:
+        print(f"{args.list}: {len(lines)} utterances for {', '.join(systems)}; every file is there")
         return
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["system", "utterance", "wer", "sim", "mel", "stft", "reference", "hypothesis"], restval="", lineterminator="\n")
-    writer.writeheader(), writer.writerows(records)
-    write_atomic(args.out, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
-    print(f"{'system':<16}{'WER %':>8}{'corpus WER %':>14}{'SIM':>8}{'mel':>8}{'STFT':>8}")
-    for system in systems:
-        rows = [r for r in records if r["system"] == system]
-        corpus = error_rates([r["reference"] for r in rows], [r["hypothesis"] for r in rows])["wer"]
-        mean = lambda key: np.mean([r[key] for r in rows]) if key in rows[0] else None
-        distances = "".join(f"{mean(key):8.3f}" if mean(key) is not None else f"{'':8}" for key in ("mel", "stft"))
-        print(f"{system:<16}{100 * mean('wer'):8.2f}{100 * corpus:14.2f}{mean('sim'):8.3f}{distances}")
+    asr, sim = Recognizer(args.asr, device), (SIMo if args.sim.endswith(".pth") else SpeakerModel)(args.sim, device)
+    quality = squim(device) if args.squim else None
+
+    # ---- this rank's utterances; a record is kept as soon as it is made, should this be interrupted
     stamp = args.generated / "settings.json" if args.generated else None
     made = json.loads(stamp.read_text(encoding="utf-8")) if stamp and stamp.exists() else {}
     how = "".join(f" {k}={made[k]}" for k in ("seed", "steps", "cfg", "sway", "speed") if k in made) or (" seed=? steps=? cfg=?" if args.generated else "")
-    print(f"signature: list={args.list.name} n={len(lines)} asr={asr.identity} sim={sim.identity} normalizer=seed-tts-eval "
-          f"wer=utterance-mean{f' vae={rebuild[2]}' if rebuild else ''}{how}; each utterance in {args.out}")  # fmt: skip
+    signature = (f"list={args.list.name} asr={asr.identity} sim={sim.identity} normalizer=seed-tts-eval wer=utterance-mean"
+                 f"{f' vae={rebuild[2]}' if rebuild else ''}{how}")  # fmt: skip
+    newest = max((args.generated / line.wav).stat().st_mtime_ns for line in lines) if args.generated else 0
+    work, key = args.out.with_name(args.out.name + ".work"), f"{signature} {args.audio} {args.generated} {newest} {args.squim}"
+    done = read_records(work, key)
+    barrier()  # all ranks have seen the same records before the next is written
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / f"{rank}.jsonl", "a", encoding="utf-8") as f:
+        for system in systems:
+            for line in tqdm(lines[rank::world], desc=system, disable=rank > 0):
+                if (system, line.gen) not in done:
+                    f.write("\n" + json.dumps([key, score(system, line, args, asr, sim, rebuild, quality)]))
+                    f.flush()
+    barrier()
+    if rank > 0:
+        return
+
+    # ---- one line an utterance, and the table
+    found = read_records(work, key)
+    records = [found[system, line.gen] for system in systems for line in sorted(lines, key=lambda line: line.gen)]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["system", "utterance", *(c for c in COLUMNS if c != "corpus"), "reference", "hypothesis"], restval="", lineterminator="\n")
+    writer.writeheader(), writer.writerows(records)
+    write_atomic(args.out, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+    shutil.rmtree(work)
+    show_table(systems, records)
+    print(f"signature: n={len(lines)} {signature}; each utterance in {args.out}")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ class VAEConfig:
     decoder_kernels: tuple[int, ...] = (9, 9, 4, 4, 4, 4)
     resblock_kernels: tuple[int, ...] = (3, 7, 11)
     ssl_dim: int = 1024  # width of the features the alignment head reads; 0 leaves the head out
+    ssl_layers: int = 1  # of how many layers side by side: more than 1 are mixed by learned weights
+    align: str = "down"  # features projected to the latent (the paper), or the latent "up" to the features
     mel: bool = False  # the baseline: latent_dim log-mel bands in place of encoder and posterior
 
     @property
@@ -438,19 +440,23 @@ class Decoder(nn.Module):
 
 
 class AlignmentHead(nn.Module):
-    """SSL features, interpolated to the latent's frame rate and projected *down* to its width (the paper's semantic alignment)."""
+    """Makes of latents and SSL features the two that shall be alike: features are interpolated to the latent's frame rate and
+    projected *down* to its width (the paper), or `up`: the latent is projected to theirs (VA-VAE, arXiv 2501.01423)."""
 
-    def __init__(self, ssl_dim: int, latent_dim: int):
+    def __init__(self, ssl_dim: int, latent_dim: int, layers: int = 1, up: bool = False):
         super().__init__()
-        hidden = 2 * latent_dim
-        self.model = nn.Sequential(
+        hidden, self.up = 2 * latent_dim, up
+        self.mix = nn.Parameter(torch.zeros(layers)) if layers > 1 else None
+        self.model = nn.Linear(latent_dim, ssl_dim, bias=False) if up else nn.Sequential(
             nn.Conv1d(ssl_dim, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
             nn.Conv1d(hidden, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
             nn.Conv1d(hidden, latent_dim, 1))  # fmt: skip
 
-    def forward(self, features, frames: int):  # [B, S, D]
-        x = F.interpolate(features.transpose(1, 2), frames, mode="linear", align_corners=False)
-        return self.model(x).transpose(1, 2)  # [B, N, latent]
+    def forward(self, z, features):  # [B, N, latent], [B, S, layers · ssl_dim]
+        if self.mix is not None:  # a weighted sum of the layers (SUPERB, arXiv 2105.01051)
+            features = self.mix.softmax(0) @ features.unflatten(-1, (len(self.mix), -1))  # [B, S, ssl_dim]
+        features = F.interpolate(features.mT, z.shape[1], mode="linear", align_corners=False)  # [B, ssl_dim, N]
+        return (self.model(z).float(), features.mT.float()) if self.up else (z, self.model(features).mT.float())
 
 
 def alignment_loss(z, target, valid=None):
@@ -461,6 +467,16 @@ def alignment_loss(z, target, valid=None):
     if valid is None:
         return -cosine.mean()
     return -((cosine * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()
+
+
+def upward_alignment_loss(z, projected, features, valid, margin: float = 0.5, pair_margin: float = 0.25):
+    """mean ReLU(1 − m₁ − cos(Wzᵢ, fᵢ)) + mean ReLU(|cos(zᵢ, zⱼ) − cos(fᵢ, fⱼ)| − m₂), over the valid frames i and pairs i, j of an
+    utterance (VA-VAE, arXiv 2501.01423, section 3). z [B, N, D]; projected Wz and features f [B, N, ssl_dim]; valid [B, N]."""
+    unit = lambda x: F.normalize(x, dim=-1)
+    frames = F.relu(1 - margin - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
+    pairs = F.relu((unit(z) @ unit(z).mT - unit(features) @ unit(features).mT).abs() - pair_margin)  # [B, N, N]
+    both = valid[:, :, None] & valid[:, None]
+    return (frames * valid).sum() / valid.sum().clamp(min=1) + (pairs * both).sum() / both.sum().clamp(min=1)
 
 
 def kl_loss(mean, logvar):
@@ -484,7 +500,7 @@ class SemanticVAE(Pretrained):
             self.fc_mu = nn.Linear(config.latent_dim, config.latent_dim)
             self.fc_var = nn.Linear(config.latent_dim, config.latent_dim)
         self.decoder = Decoder(config)
-        self.projectors = AlignmentHead(config.ssl_dim, config.latent_dim) if config.ssl_dim else None
+        self.projectors = AlignmentHead(config.ssl_dim, config.latent_dim, config.ssl_layers, config.align == "up") if config.ssl_dim else None
 
     def encode(self, wave):
         """Audio [B, T] → mean, logvar, each [B, N, D] with N = ceil(T / hop). The last frame is filled up with silence."""
@@ -511,16 +527,17 @@ class SemanticVAE(Pretrained):
         return torch.cat(waves, dim=1)  # [B, N · hop]
 
     def forward(self, wave, noise, features=None):
-        """One training pass: audio [B, T], noise [B, N, D], SSL features [B, S, ssl_dim] → reconstruction [B, T], sampled
-        latents z, mean, logvar, and (if there is a head) the target that z is to be aligned with, all [B, N, D]."""
+        """One training pass: audio [B, T], noise [B, N, D], SSL features [B, S, ssl_layers · ssl_dim] → reconstruction [B, T], sampled
+        latents z, mean, logvar, all [B, N, D], and (if there is a head) the two that are to be aligned."""
         mean, logvar = self.encode(wave)
         z = mean + noise * (0.5 * logvar).exp()
-        target = self.projectors(features, z.shape[1]).float() if self.projectors else None
-        return self.decode(z, wave.shape[-1]), z, mean, logvar, target
+        aligned = self.projectors(z, features) if self.projectors else None
+        return self.decode(z, wave.shape[-1]), z, mean, logvar, aligned
 
     def content_hash(self, without: tuple[str, ...] = ("projectors.",)) -> str:
         """Names these weights (less the alignment head, which no sound depends on) in 16 hex digits."""
-        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name != "ssl_dim" and getattr(self.config, f.name) != f.default}
+        silent = ("ssl_dim", "ssl_layers", "align")  # the alignment head's
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name not in silent and getattr(self.config, f.name) != f.default}
         digest = hashlib.sha256(json.dumps(settings).encode())  # without the defaults, so that a new setting renames nothing
         for name, value in sorted(self.state_dict().items()):
             if not name.startswith(without):

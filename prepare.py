@@ -39,7 +39,7 @@ import torch.distributed as dist
 import torchaudio
 from tqdm import tqdm
 
-from model import InputError, SemanticVAE, write_atomic
+from model import InputError, LogMel, SemanticVAE, write_atomic
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -389,7 +389,10 @@ class SSLModel:
 
     The waves go through the model's own feature extractor (zero mean and unit variance, where it was trained so)."""
 
-    def __init__(self, name: str, layer: int = -1, device=torch.device("cpu")):
+    layers = 1  # side by side in the features
+
+    def __init__(self, name: str, layer: int | str = -1, device=torch.device("cpu")):
+        """layer: a hidden state, -1 for the last, or "all": every one, side by side."""
         from transformers import AutoFeatureExtractor, AutoModel
         from transformers.utils import logging
 
@@ -402,13 +405,14 @@ class SSLModel:
             raise InputError(f"cannot load the SSL model {name}: {str(e).splitlines()[0]}") from e
         self.name, self.layer, self.device = name, layer, device
         self.revision = weights_hash(Path(name)) if Path(name).is_dir() else model.config._commit_hash
+        self.layers = getattr(model.config, "num_hidden_layers", 0) + 1 if layer == "all" else 1
         self.whisper = model.config.model_type == "whisper"
         self.model = (model.get_encoder() if self.whisper else model).float().to(device).eval()  # float32, however it is stored
         self.sample_rate = self.extractor.sampling_rate
         # Group norm over time sees padding, and these models were trained without masks: only equal lengths are batched.
         self.equal_lengths = getattr(model.config, "feat_extract_norm", None) == "group"
         if self.whisper:
-            self.rate, self.width = Fraction(model.config.max_source_positions, 30), model.config.d_model
+            self.rate, self.width = Fraction(model.config.max_source_positions, 30), model.config.d_model * self.layers
         else:
             short, long = (self([np.zeros(s * self.sample_rate, np.float32)])[0] for s in (1, 11))
             self.rate, self.width = Fraction(len(long) - len(short), 10), long.shape[1]
@@ -420,7 +424,7 @@ class SSLModel:
         inputs = self.extractor(waves, sampling_rate=self.sample_rate, return_tensors="pt", **options).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             out = self.model(**inputs, output_hidden_states=self.layer != -1)
-        states = out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]
+        states = out.last_hidden_state if self.layer == -1 else torch.cat(out.hidden_states, -1) if self.layer == "all" else out.hidden_states[self.layer]
         if self.whisper:
             frames = [frame_count(len(w), self.sample_rate, self.rate) for w in waves]
         elif "input_features" in inputs:  # w2v-BERT: its extractor already makes the frames
@@ -430,7 +434,7 @@ class SSLModel:
         return [s[:n].float() for s, n in zip(states, frames)]
 
     def facts(self) -> dict:
-        return dict(model=self.name, revision=self.revision, layer=self.layer, dim=self.width, rate=str(self.rate))
+        return dict(model=self.name, revision=self.revision, layer=self.layer, layers=self.layers, dim=self.width, rate=str(self.rate))
 
     def batches(self, lengths: list[int], seconds: float) -> list[list[int]]:
         """Positions grouped by length into batches of at most `seconds` of padded audio."""
@@ -444,15 +448,54 @@ class SSLModel:
         return batches
 
 
+class Teachers(SSLModel):
+    """Several SSL models of the same frame rate, their features side by side: what each knows can shape the latents (after arXiv 2312.06709)."""
+
+    def __init__(self, names: list[str], layer: int, device):
+        self.models = [SSLModel(name, layer, device) for name in names]
+        self.name, self.layer, self.revision = ",".join(names), layer, ",".join(str(m.revision) for m in self.models)
+        self.sample_rate, self.rate, self.width = self.models[0].sample_rate, self.models[0].rate, sum(m.width for m in self.models)
+        self.equal_lengths = any(m.equal_lengths for m in self.models)
+        if layer == "all" or any((m.sample_rate, m.rate) != (self.sample_rate, self.rate) for m in self.models):
+            raise InputError(f"{self.name}: several teachers need one layer, and sample and frame rates that agree: {[(m.sample_rate, float(m.rate)) for m in self.models]}")
+
+    def __call__(self, waves):
+        each = zip(*(model(waves) for model in self.models))
+        return [torch.cat([f[: min(map(len, features))] for f in features], -1) for features in each]
+
+
+class MelTeacher(SSLModel):
+    """No SSL model: 80 log-mel bands, 50 frames a second, to see what the model contributes beyond a smooth view of the spectrum."""
+
+    def __init__(self, sample_rate: int, device):
+        self.name, self.layer, self.revision, self.device = "mel", -1, None, device
+        self.sample_rate, self.rate, self.width, self.equal_lengths = sample_rate, Fraction(50), 80, False
+        self.model = LogMel(sample_rate, self.width, sample_rate // 50).to(device)
+
+    def __call__(self, waves):
+        padded = (torch.from_numpy(np.pad(w, (0, -len(w) % self.model.hop))).to(self.device) for w in waves)
+        return [self.model(w[None, None])[0].T for w in padded]  # each [S, 80]
+
+
+def load_teacher(name: str, layer: int | str, sample_rate: int, device) -> SSLModel:
+    """What --ssl names: a model, several ("A,B"), or "mel". Its sample rate must be the data's."""
+    teacher = MelTeacher(sample_rate, device) if name == "mel" else Teachers(name.split(","), layer, device) if "," in name else SSLModel(name, layer, device)
+    if teacher.sample_rate != sample_rate:
+        raise InputError(f"{name} hears {teacher.sample_rate} Hz, the data folder holds {sample_rate} Hz: prepare it with --sample-rate {teacher.sample_rate}")
+    return teacher
+
+
+def layer_number(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
 def fill_ssl(args, out: Path, rank: int, world: int, device) -> None:
     data = Data(out)
     if "ssl" in data.meta and (found := (data.meta["ssl"]["model"], data.meta["ssl"]["layer"])) != (args.ssl, args.layer):
         raise InputError(f"{out} already holds SSL features of {found[0]}, layer {found[1]}, not {args.ssl}, layer {args.layer}: choose another --out")
     if "ssl" in data.meta:
         return
-    ssl = SSLModel(args.ssl, args.layer, device)
-    if ssl.sample_rate != data.rate:
-        raise InputError(f"{args.ssl} hears {ssl.sample_rate} Hz, {out} holds {data.rate} Hz: prepare it with --sample-rate {ssl.sample_rate}")
+    ssl = load_teacher(args.ssl, args.layer, data.rate, device)
     counts = np.array([frame_count(int(n), data.rate, ssl.rate) for n in data.samples])
     offsets = np.concatenate([[0], counts.cumsum()])
 
@@ -518,8 +561,8 @@ def parse_args(argv=None):
     parser.add_argument("--layout", choices=["auto", *LAYOUTS], default="auto", help="how the source folders are laid out (default: detected)")
     parser.add_argument("--download", help="LibriTTS subsets to fetch first, e.g. train-clean-100,dev-clean; LibriSpeech's as librispeech:test-clean")
     parser.add_argument("--download-to", type=Path, default=Path("downloads"), help="where downloads are kept (default %(default)s)")
-    parser.add_argument("--ssl", help="teacher: hub id or folder of a speech encoder, or \"none\" (default: for the demo corpus the demo's; the paper's is microsoft/wavlm-large)")
-    parser.add_argument("--layer", type=int, default=-1, help="hidden state to store, -1 for the last (default %(default)s)")
+    parser.add_argument("--ssl", help="teacher: hub id or folder of a speech encoder, several with commas between, \"mel\", or \"none\" (default: for the demo corpus the demo's; the paper's is microsoft/wavlm-large)")
+    parser.add_argument("--layer", type=layer_number, default=-1, help="hidden state to store, -1 for the last, \"all\" for a learned mix (default %(default)s)")
     parser.add_argument("--vae", help="add the latents of this VAE: a run, an authors' release, or a hub id")
     parser.add_argument("--text", choices=["plain", "raw"], help="plain: lower case without punctuation; raw: as written (default: plain for the demo corpus, else raw)")
     parser.add_argument("--sample-rate", type=int, default=16000, help="of the stored audio, in Hz (default %(default)s)")

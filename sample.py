@@ -207,6 +207,9 @@ def say_list(args, dit, vae, notes, rank, world, device) -> None:
         raise InputError(f"{args.out} was made with other settings ({stamp.read_text(encoding='utf-8')}): choose another --out")
     prompts = {line.ref: find_audio(root, line.ref) for line in lines}  # all of them, before anything is spent
     todo = [line for line in lines[: args.limit] if not (args.out / line.wav).exists()]
+    if args.dry_run:
+        print(f"{args.list}: {len(lines[: args.limit])} lines, {len(todo)} to be said; every prompt is there")
+        return
     barrier()  # all ranks have seen the same files before the first is written
     if rank == 0:
         print(f"{len(lines[: args.limit])} lines, {len(lines[: args.limit]) - len(todo)} there already")
@@ -237,6 +240,7 @@ def parse_args(argv=None):
     parser.add_argument("--list", type=Path, help="say every line of a list: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated")
     parser.add_argument("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
     parser.add_argument("--limit", type=int, help="only the first so many lines of the list")
+    parser.add_argument("--dry-run", action="store_true", help="with --list: only look whether every prompt is there")
     parser.add_argument("--steps", type=int, default=32, help="Euler steps (default %(default)s)")
     parser.add_argument("--cfg", type=float, default=2, help="guidance strength (default %(default)s)")
     parser.add_argument("--sway", type=float, default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")

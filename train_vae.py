@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, write_atomic
-from prepare import Data, SSLModel, cli, frame_count, repeat_last, start_ranks
+from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, upward_alignment_loss, write_atomic
+from prepare import Data, SSLModel, cli, frame_count, layer_number, load_teacher, repeat_last, start_ranks
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -223,8 +223,8 @@ def listen(teacher: SSLModel, batch: dict, count: int) -> torch.Tensor:
 def crop_loader(crops: Crops, first: int, last: int, per_step: int, micro: int, rank: int, world: int, workers: int):
     """Micro-batches of this rank for steps first … last - 1; each step's crops are shared out in order."""
     share = per_step // world
-    indices = [list(range(a, a + micro)) for step in range(first, last)
-               for a in range(step * per_step + rank * share, step * per_step + (rank + 1) * share, micro)]  # fmt: skip
+    indices = (list(range(a, a + micro)) for step in range(first, last)
+               for a in range(step * per_step + rank * share, step * per_step + (rank + 1) * share, micro))  # fmt: skip
     return torch.utils.data.DataLoader(crops, batch_sampler=indices, num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
@@ -376,7 +376,9 @@ def parse_args(argv=None):
     parser.add_argument("--latent-dim", type=int, help="dimensions of the latent (paper: 64; its baselines: 16 and 64)")
     parser.add_argument("--mel", action=argparse.BooleanOptionalAction, default=False, help="the mel baseline: train a vocoder on log-mel frames of --latent-dim bands, which need no encoder")
     parser.add_argument("--align-weight", type=float, default=1, help="0 trains a vanilla VAE, without SSL features (default %(default)s)")
-    parser.add_argument("--ssl-online", help="teacher (hub id or folder) to run inside each step, in place of stored features")
+    parser.add_argument("--align", choices=["down", "up"], default="down", help="project the features to the latent (the paper), or the latent to the features, with margins (default %(default)s)")
+    parser.add_argument("--ssl-online", help="teacher, as for prepare.py --ssl, to run inside each step, in place of stored features")
+    parser.add_argument("--ssl-layer", type=layer_number, default=-1, help="its hidden state, as for prepare.py --layer (default %(default)s)")
     parser.add_argument("--ssl-context", type=float, default=1, help="seconds on either side of a crop that --ssl-online hears (default %(default)s)")
     parser.add_argument("--mel-weight", type=float, default=15, help="default %(default)s")
     parser.add_argument("--adv-weight", type=float, default=1, help="0 trains without discriminators (default %(default)s)")
@@ -409,21 +411,21 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
     with_ssl = args.align_weight > 0 and not args.mel
-    teacher = SSLModel(args.ssl_online, device=device) if with_ssl and args.ssl_online else None
-    data = Data(args.data, ("audio", "ssl") if with_ssl and not teacher else ("audio",))
+    data = Data(args.data, ("audio", "ssl") if with_ssl and not args.ssl_online else ("audio",))
+    teacher = load_teacher(args.ssl_online, args.ssl_layer, data.rate, device) if with_ssl and args.ssl_online else None
     ssl = None if not with_ssl else data.meta["ssl"] if not teacher else teacher.facts() | dict(context=args.ssl_context)
-    if teacher and teacher.sample_rate != data.rate:
-        raise InputError(f"{args.ssl_online} hears {teacher.sample_rate} Hz, {args.data} holds {data.rate} Hz")
+    layers = ssl.get("layers", 1) if ssl else 1  # folders made before this was noted hold one
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # ---- networks and optimisers
     if args.init:
         vae = SemanticVAE.from_pretrained(args.init).train()
-        if with_ssl and vae.config.ssl_dim != ssl["dim"]:
-            raise InputError(f"{args.init} was aligned with features of width {vae.config.ssl_dim}, {ssl['model']} gives width {ssl['dim']}")
+        found, expected = (vae.config.ssl_layers * vae.config.ssl_dim, vae.config.align), (ssl["dim"], args.align) if with_ssl else None
+        if with_ssl and found != expected:
+            raise InputError(f"{args.init} was aligned {found[1]} with features of width {found[0]}, {ssl['model']} gives width {ssl['dim']} and --align is {args.align}")
     else:
-        settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=ssl["dim"] if with_ssl else 0, mel=args.mel)
+        settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=ssl["dim"] // layers if with_ssl else 0, ssl_layers=layers, align=args.align, mel=args.mel)
         vae = SemanticVAE(VAEConfig(**settings | ({"latent_dim": args.latent_dim} if args.latent_dim else {})))
     if vae.config.sample_rate != data.rate:
         raise InputError(f"the VAE works at {vae.config.sample_rate} Hz, {args.data} holds {data.rate} Hz")
@@ -472,7 +474,7 @@ def main(argv=None):
     with autocast():
         example = torch.zeros(micro, crops.frames * vae.config.hop, device=device)
         noise = torch.zeros(micro, crops.frames, vae.config.latent_dim, device=device)
-        features = torch.zeros(micro, crops.features, vae.config.ssl_dim, device=device) if with_ssl else None
+        features = torch.zeros(micro, crops.features, ssl["dim"], device=device) if with_ssl else None
         fast_vae = compiled(vae, args.compile, example, noise, features)
         fast_d = compiled(discriminators, args.compile and device.type == "cuda", example)
     wrap = lambda m: DistributedDataParallel(m, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else m
@@ -517,12 +519,12 @@ def main(argv=None):
         discriminators.requires_grad_(False)
         for i, batch in enumerate(batches):
             with hold(fast_vae, i == accumulate - 1):
-                wave, (again, z, mean, logvar, target) = batch["wave"], outputs[0] if outputs else forward(batch)
+                wave, (again, z, mean, logvar, aligned) = batch["wave"], outputs[0] if outputs else forward(batch)
                 losses = dict(mel=mel(again, wave))
                 if not vae.config.mel:
                     losses["kl"] = kl_loss(mean, logvar)
                 if with_ssl:
-                    losses["align"] = alignment_loss(z, target, batch["valid"])
+                    losses["align"] = upward_alignment_loss(z, *aligned, batch["valid"]) if vae.config.align == "up" else alignment_loss(*aligned, batch["valid"])
                 if adversarial:
                     with autocast():
                         with torch.no_grad():

@@ -56,7 +56,11 @@ def seconds_of(call, repeats: int = 9) -> float:
     return statistics.median(times[2:])
 
 
-def seconds_of_a_step(script, train) -> float:
+class Enough(Exception):
+    """Ends a training, before it evaluates at its end."""
+
+
+def seconds_of_a_step(script, train, steps: int) -> float:
     """Median time of a training step after three to warm up: from the turn it was given to the end of its last operation."""
     end_of_step, starts, ends = script.update_ema, [], []
 
@@ -65,12 +69,16 @@ def seconds_of_a_step(script, train) -> float:
         if GPU:
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
+        if len(ends) == steps:
+            raise Enough
         my_turn()
         starts.append(time.perf_counter())
 
     script.update_ema = update_ema
-    train()
-    return statistics.median(end - start for start, end in zip(starts[2:], ends[3:]))
+    try:
+        train()
+    except Enough:
+        return statistics.median(end - start for start, end in zip(starts[2:], ends[3:]))
 
 
 def peak_memory() -> float:
@@ -149,20 +157,20 @@ def decoder(form: str, work: Path) -> dict:
 def vae(form: str, work: Path) -> dict:
     """The full VAE-GAN step of the paper's networks: on a CPU 2 crops of 1 s in float32, on a GPU of 3 s (24; plain, which needs more memory, 8)."""
     crops, crop, steps = (8 if form == "plain" else 24, 3, 30) if GPU else (2, 1, 14)
-    flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"vae-{form}", "--steps", steps, "--batch-seconds", crops * crop, "--crop", crop, "--micro-batch", crops,
+    flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"vae-{form}", "--steps", 1000, "--batch-seconds", crops * crop, "--crop", crop, "--micro-batch", crops,
              "--eval-every", 10**6, "--eval-clips", 1]  # fmt: skip
     flags = [str(f) for f in flags]
     train = lambda: plain.train(flags, DEVICE) if form == "plain" else train_vae.main([*flags, "--compile" if form == "compiled" else "--no-compile"])
-    seconds = seconds_of_a_step(train_vae, train) / crops
+    seconds = seconds_of_a_step(train_vae, train, steps) / crops
     return dict(seconds=seconds, memory=peak_memory(), share=75.5e12 / 192 * crop / seconds / train_tts.matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32, 20))
 
 
 def dit(form: str, work: Path) -> dict:
     """One step of the paper's DiT: on a GPU the paper's batch of 0.9 h, on a CPU 30 s in float32."""
     batch, micro, steps = (3240, 600, 12) if GPU else (30, 30, 8)
-    flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"dit-{form}", "--steps", steps, "--batch-seconds", batch, "--micro-seconds", micro, "--warmup", 10,
+    flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"dit-{form}", "--steps", 1000, "--batch-seconds", batch, "--micro-seconds", micro, "--warmup", 10,
              "--eval-every", 10**6, "--eval-sentences", 1, "--asr", "none", "--compile" if form == "compiled" else "--no-compile"]  # fmt: skip
-    seconds = seconds_of_a_step(train_tts, lambda: train_tts.main([str(f) for f in flags]))
+    seconds = seconds_of_a_step(train_tts, lambda: train_tts.main([str(f) for f in flags]), steps)
     examples = train_tts.Utterances(Data(work / "data", ("latents",)), "train", batch, 1, 0)
     lengths = [sum(examples.frames[i] for i in run) for run in examples.step(0)]
     work_done = train_tts.step_flops(DiT(DiTConfig()), batch * 40, float(np.mean(lengths))) / seconds

@@ -53,8 +53,8 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
             group["lr"] = rate
         optimizer.param_groups[1]["lr"] = rate * args.encoder_lr * min(1, (step + 1) / max(1, args.encoder_warmup))
         batch = {k: v.to(device) for k, v in next(loader).items()}
-        fake, z, mean, logvar, target = vae(batch["wave"], batch["noise"], batch["ssl"])
-        losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=alignment_loss(z, target, batch["valid"]))
+        fake, z, mean, logvar, aligned = vae(batch["wave"], batch["noise"], batch["ssl"])
+        losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=alignment_loss(*aligned, batch["valid"]))
         if step >= args.adv_start:
             losses["disc"] = train_vae.discriminator_loss(discriminators(fake.detach()), discriminators(batch["wave"]))
             optimizer_d.zero_grad()

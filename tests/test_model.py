@@ -8,7 +8,7 @@ import torch
 import torchaudio
 
 import plain
-from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, alignment_loss, fold_weight_norm, lowpass, sample, spread_evenly
+from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, alignment_loss, fold_weight_norm, lowpass, sample, spread_evenly, upward_alignment_loss
 
 TINY_VAE = VAEConfig(encoder_dim=4, latent_dim=8, decoder_dim=64, resblock_kernels=(3,), ssl_dim=12)
 TINY_DIT = DiTConfig(latent_dim=8, width=64, depth=2, heads=2, text_dim=16, text_layers=1)
@@ -54,8 +54,8 @@ def test_output_is_as_long_as_input_for_every_remainder_of_the_hop():
 def test_documented_shapes():
     vae = build(SemanticVAE, TINY_VAE)
     wave, noise, features = torch.randn(2, 1600), torch.randn(2, 4, 8), torch.randn(2, 5, 12)
-    again, z, mean, logvar, target = vae(wave, noise, features)
-    assert again.shape == wave.shape and z.shape == mean.shape == logvar.shape == target.shape == (2, 4, 8)
+    again, z, mean, logvar, (aligned, target) = vae(wave, noise, features)
+    assert again.shape == wave.shape and aligned is z and z.shape == mean.shape == logvar.shape == target.shape == (2, 4, 8)
     assert again.dtype == mean.dtype == torch.float32 and again.abs().max() <= 1
 
 
@@ -91,9 +91,41 @@ def test_stencil_activation_equals_the_convolution_form():
 def test_alignment_reaches_encoder_and_head_but_not_padding():
     z, head, features = torch.randn(2, 6, 8, requires_grad=True), AlignmentHead(12, 8), torch.randn(2, 8, 12)
     valid = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
-    alignment_loss(z, head(features, 6), valid).backward()
+    alignment_loss(*head(z, features), valid).backward()
     assert z.grad[0].abs().min() > 0 and not z.grad[1, 2:].any() and z.grad[1, :2].any()
     assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+
+
+def test_alignment_upward_is_its_equation():
+    """Frame by frame and pair by pair, as VA-VAE writes it; padding counts in neither mean."""
+    torch.manual_seed(0)
+    z, head, features = torch.randn(2, 5, 4, requires_grad=True), AlignmentHead(6, 4, up=True), torch.randn(2, 5, 6)
+    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    projected, target = head(z, features)
+    assert torch.equal(target, features) and torch.equal(projected, z @ head.model.weight.T)
+    cosine = lambda a, b: ((a @ b) / (a.norm() * b.norm())).item()
+    frames, pairs = [], []
+    for b, n in ((0, 5), (1, 3)):
+        frames += [max(0, 1 - 0.5 - cosine(projected[b, i], features[b, i])) for i in range(n)]
+        pairs += [max(0, abs(cosine(z[b, i], z[b, j]) - cosine(features[b, i], features[b, j])) - 0.25) for i in range(n) for j in range(n)]
+    loss = upward_alignment_loss(z, projected, target, valid)
+    assert loss.item() == pytest.approx(sum(frames) / len(frames) + sum(pairs) / len(pairs), abs=1e-6)
+    loss.backward()
+    assert z.grad[0].any() and not z.grad[1, 3:].any() and head.model.weight.grad.any()
+
+
+def test_a_learned_mix_of_layers_is_a_weighted_sum():
+    torch.manual_seed(0)
+    z, one, several, features = torch.randn(2, 4, 8), AlignmentHead(6, 8), AlignmentHead(6, 8, layers=3), torch.randn(2, 5, 18)
+    several.model.load_state_dict(one.model.state_dict())
+    with torch.no_grad():
+        several.mix.copy_(torch.tensor([0.0, 1.0, -2.0]))
+    weights = torch.tensor([0.0, 1.0, -2.0]).exp() / torch.tensor([0.0, 1.0, -2.0]).exp().sum()
+    mixed = sum(w * layer for w, layer in zip(weights, features.split(6, dim=-1)))
+    _, target = several(z, features)
+    assert torch.allclose(target, one(z, mixed)[1], atol=1e-6)
+    target.sum().backward()
+    assert several.mix.grad.any()
 
 
 def test_spread_evenly_gives_each_character_its_frames():

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import RATE, tiny_ssl, tone, torchrun, write_corpus
+import torchaudio
+from conftest import RATE, VAE_FLAGS, tiny_ssl, tone, torchrun, write_corpus
 
 import prepare
+import train_vae
+from model import SemanticVAE
 from prepare import Data, frame_count, normalize_text, read_audio
 
 ARRAYS = ("index.tsv", "audio.bin", "ssl.bin")
@@ -203,6 +206,35 @@ def test_ssl_batches_equal_one_by_one(kind, tmp_path):
             (alone,) = ssl([waves[i]])
             assert together.shape == alone.shape and abs(len(alone) - 50 * len(waves[i]) / RATE) <= 1.5
             assert (together - alone).abs().max() < 1e-4, f"{kind}: {(together - alone).abs().max()}"
+
+
+def test_other_teachers(world, tmp_path, fails):
+    """Several side by side, all layers of one, and the mel spectrogram in their place: what they give, and that stage 1 learns from them."""
+    waves = [tone(0.7, 0), tone(1.0, 1)]
+    other = tiny_ssl(tmp_path / "other", seed=5)
+    one, two = prepare.SSLModel(str(world.ssl)), prepare.SSLModel(str(other))
+    both = prepare.load_teacher(f"{world.ssl},{other}", -1, RATE, torch.device("cpu"))
+    assert both.width == one.width + two.width == both.facts()["dim"]
+    for found, a, b in zip(both(waves), one(waves), two(waves)):
+        assert torch.equal(found, torch.cat([a, b], dim=-1))
+    mix = prepare.load_teacher(str(world.ssl), "all", RATE, torch.device("cpu"))
+    layers = [prepare.SSLModel(str(world.ssl), layer)(waves[:1])[0] for layer in range(3)]
+    assert mix.facts() | dict(revision="") == dict(model=str(world.ssl), revision="", layer="all", layers=3, dim=96, rate="50")
+    assert torch.allclose(mix(waves[:1])[0], torch.cat(layers, dim=-1), atol=1e-6)
+    mel = prepare.load_teacher("mel", -1, RATE, torch.device("cpu"))
+    frames = mel(waves)
+    assert [tuple(f.shape) for f in frames] == [(prepare.frame_count(len(w), RATE, 50), 80) for w in waves]
+    window = np.hanning(1025)[:-1] * waves[1][320 * 20 - 512 : 320 * 20 + 512]  # frame 20 is centred on its sample
+    bank = torchaudio.functional.melscale_fbanks(513, 0, 8000, 80, RATE).T.numpy()
+    assert np.allclose(frames[1][20], np.log(np.maximum(bank @ np.abs(np.fft.rfft(window)), 1e-5)), atol=1e-3)
+    for name, flags in (("both", ["--ssl", f"{world.ssl},{other}"]), ("mix", ["--ssl", str(world.ssl), "--layer", "all"]), ("mel", ["--ssl", "mel"])):
+        prepare.main([str(world.corpus), "--out", str(tmp_path / name), "--text", "plain", *flags])
+        train_vae.main(["--data", str(tmp_path / name), "--out", str(tmp_path / f"vae-{name}"), *VAE_FLAGS, "--align", "down" if name == "both" else "up"])
+    config = SemanticVAE.from_pretrained(tmp_path / "vae-mix").config
+    assert (config.ssl_dim, config.ssl_layers, config.align) == (32, 3, "up")
+    fails(prepare.main, [world.corpus, "--out", tmp_path / "x", "--ssl", f"{world.ssl},{other}", "--layer", "all"], "several teachers need one layer")
+    fails(prepare.main, [world.corpus, "--out", tmp_path / "y", "--ssl", world.ssl, "--sample-rate", "8000"], "hears 16000 Hz", "holds 8000 Hz")
+    fails(train_vae.main, ["--data", tmp_path / "mix", "--out", tmp_path / "z", "--init", world.vae], "was aligned down with features of width 32")
 
 
 def test_download_reports_what_cannot_be_fetched(tmp_path, fails, monkeypatch):

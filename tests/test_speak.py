@@ -5,12 +5,15 @@ import re
 import shlex
 import shutil
 
+import jiwer
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
+import torchaudio
 from conftest import RATE, ROOT, TTS_FLAGS, VAE_FLAGS, tone, torchrun
 from test_golden import case
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 import evaluate
 import prepare
@@ -59,10 +62,63 @@ def test_join_does_not_click():
     assert len(out) == 3 * 8000 - 2 * 320 and np.abs(np.diff(out)).max() < 0.02
 
 
+PAIRS = [  # reference, what was heard, errors and words by the seed-tts-eval rule, the same after Whisper's normaliser
+    ("one small bird", "one small bird", (0, 3), (0, 3)),
+    ("One small bird.", "one small bird", (0, 3), (0, 3)),
+    ("one small bird", "One, small: bird!", (0, 3), (0, 3)),
+    ("one small bird", "one bird", (1, 3), (1, 3)),
+    ("one small bird", "one very small bird", (1, 3), (1, 3)),
+    ("one small bird", "one tall bird", (1, 3), (1, 3)),
+    ("one small bird", "", (3, 3), (3, 3)),
+    ("bird", "one two three", (3, 1), (1, 1)),  # digits in a row: Whisper's rule reads "123"
+    ("Don't stop", "dont stop", (0, 2), (2, 3)),  # apostrophes go: "dont"; Whisper's rule reads "do not"
+    ("Don't stop", "do not stop", (2, 2), (0, 3)),
+    ("it's late", "its late", (0, 2), (2, 3)),
+    ("the dog’s ball", "the dogs ball", (0, 3), (2, 4)),  # a typographic apostrophe is punctuation too
+    ("well-known", "wellknown", (0, 1), (2, 2)),  # hyphens join
+    ("well-known", "well known", (2, 1), (0, 2)),
+    ("twenty-one birds", "21 birds", (1, 2), (0, 2)),  # digits are not spelled out
+    ("fifty", "50", (1, 1), (0, 1)),
+    ("50% off", "50 off", (0, 2), (1, 2)),
+    ("$5", "5", (0, 1), (1, 1)),
+    ("“Ja”—so…", "jaso", (0, 1), (2, 2)),  # non-ASCII punctuation goes as well
+    ("¿Qué? ¡Nada!", "qué nada", (0, 2), (0, 2)),
+    ("ÉTÉ", "été", (0, 1), (0, 1)),
+    ("été", "ete", (1, 1), (0, 1)),  # accents are letters
+    ("A.B.C.", "abc", (0, 1), (3, 3)),
+    ("a  b   c", "a b c", (0, 3), (0, 3)),
+    ("Mr. Bill went", "mister bill went", (1, 3), (0, 3)),
+    ("um, one bird", "one bird", (1, 3), (0, 2)),  # Whisper's rule drops hesitations
+    ("(laughs) one bird", "one bird", (1, 3), (0, 2)),
+    ("one\ttwo\nthree", "one two three", (0, 3), (0, 3)),
+]
+
+
+@pytest.mark.parametrize("reference, heard, papers, whispers", PAIRS)
+def test_error_rates_of_pairs(reference, heard, papers, whispers):
+    errors, words = papers
+    assert error_rates([reference], [heard])["wer"] == pytest.approx(errors / words)
+    whisper = EnglishTextNormalizer({})
+    errors, words = whispers
+    assert jiwer.wer(whisper(reference), whisper(heard)) == pytest.approx(errors / words)
+
+
 def test_normalize_and_rates():
     for text, expected in (("Don't stop!", "dont stop"), ("a  b", "a b"), ("“Ja”—so…", "jaso"), ("well-known", "wellknown"), ("50%", "50"), ("A.B.C.", "abc"), ("ÉTÉ", "été")):
         assert normalize(text) == expected
     assert error_rates(["a b c d"], ["a x c"]) == {"cer": pytest.approx(3 / 7), "wer": 0.5}
+
+
+def test_intervals_and_si_sdr():
+    values = np.random.default_rng(0).normal(5, 2, 400).tolist()
+    low, high = evaluate.interval(values)
+    assert low < np.mean(values) < high and high - low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.1) and evaluate.interval([3.0] * 9) == (3, 3)
+    wave, noise = (torch.from_numpy(tone(1, seed)) for seed in (0, 1))
+    wave = wave - wave.mean()
+    noise = noise - noise.mean()
+    noise = noise - (noise @ wave) / (wave @ wave) * wave  # orthogonal
+    noise = noise * (wave.norm() / noise.norm() / 10)
+    assert evaluate.si_sdr(3 * (wave + noise) + 1, wave) == pytest.approx(20, abs=1e-3)  # 20 dB, whatever the scale and offset
 
 
 # -------------------------------------------------------------------------------------------------- the scripts
@@ -119,10 +175,56 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys):
     evaluate.main([str(a) for a in score])
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()[:5]] == ["system", "original", "reconstruction", "synthesis", "signature:"]
+    assert all(heading in table for heading in ("WER %", "corpus WER %", "Whisper-norm. WER %", "SIM", "mel", "STFT", "SI-SDR dB"))
     for word in ("n=3", "asr=ssl@sha256:", "sim=sv@sha256:", "normalizer=seed-tts-eval", "seed=0", "steps=2", "cfg=2", "vae="):
         assert word in table
     lines = (tmp_path / "scores.csv").read_text().splitlines()
-    assert len(lines) == 1 + 3 * 3 and lines[0] == "system,utterance,wer,sim,mel,stft,reference,hypothesis"
+    assert len(lines) == 1 + 3 * 3 and lines[0] == "system,utterance,wer,wer_whisper,sim,mel,stft,si_sdr,stoi,pesq,reference,hypothesis"
+
+
+def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch, capsys):
+    """Stopped at the fourth record, and that one half written: the second run makes what is missing, and ends with the same bytes."""
+    args = ["--list", world.corpus / "test.lst", "--reconstruct", world.vae, "--asr", world.ssl, "--sim", world.sv, "--out"]
+    run = lambda out, *more: evaluate.main([str(a) for a in [*args, tmp_path / out, *more]])
+    run("straight.csv")
+    score, calls = evaluate.score, []
+
+    def interrupted(*given):
+        calls.append(given[0])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return score(*given)
+
+    monkeypatch.setattr(evaluate, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("again.csv")
+    with open(tmp_path / "again.csv.work" / "0.jsonl", "a") as f:
+        f.write('\n["cut off')
+    run("again.csv")
+    assert len(calls) == 4 + 3 and not (tmp_path / "again.csv.work").exists()
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "straight.csv").read_bytes()
+    capsys.readouterr()
+    run("dry.csv", "--dry-run")
+    sample.main(["--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--out", str(tmp_path / "dry"), "--dry-run"])
+    out = capsys.readouterr().out
+    assert "3 utterances for original, reconstruction; every file is there" in out and "3 lines, 3 to be said; every prompt is there" in out
+    assert len(calls) == 7 and not list(tmp_path.glob("dry*"))
+
+
+def test_squim(world, tmp_path, monkeypatch, capsys, fails):
+    args = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--squim", "--limit", 1]
+
+    def missing():
+        raise OSError("no route to host")
+
+    bundle = type(torchaudio.pipelines.SQUIM_OBJECTIVE)
+    monkeypatch.setattr(bundle, "get_model", lambda self: missing())
+    fails(evaluate.main, args, "cannot fetch the model", "no route to host")
+    torch.manual_seed(0)
+    monkeypatch.setattr(bundle, "get_model", lambda self: torchaudio.models.squim_objective_base())
+    evaluate.main([str(a) for a in args])
+    table = capsys.readouterr().out
+    assert "STOI est." in table and "PESQ est." in table
 
 
 def test_two_ranks_sample_and_score_the_same(world, tmp_path):
@@ -235,11 +337,12 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
             assert words[0] in ("git", "cd", "pip", "python", "bash") and ("python" != words[0] or words[1:] == ["-m", "pytest", "-q", "tests"]), command
             continue
         args = words[words.index(script) + 1 :]
-        resume = "--resume" in args
-        out = next((tmp_path / args[i + 1] for i, a in enumerate(args) if a == "--out"), None)
-        if script.startswith("train") and not resume and (out or tmp_path / "runs" / script[6:9]).exists():
-            shutil.rmtree(out or tmp_path / "runs" / script[6:9])  # the same recipe for another number of GPUs
-        mains[script]([*args, *tiny[script]] if not resume else args)
+        mains[script](args if "--resume" in args else [*args, *tiny[script]])
         done.append(script)
     assert set(done) == set(mains) and len(done) >= 10
+    for row in ("librispeech-pc", "librispeech-pc-vanilla", "librispeech-pc-mel"):  # every row of the paper's table, from data to scores
+        assert len((tmp_path / "runs" / f"{row}.csv").read_text().splitlines()) == 1 + 3 * 3
+    settings = lambda run: json.loads((tmp_path / "runs" / run / "args.json").read_text()).items()
+    differing = lambda a, b: {k for k, _ in set(settings(a)) ^ set(settings(b))}
+    assert differing("vae-libritts", "vae-vanilla") == {"out", "align_weight"} and differing("tts-libritts", "tts-vanilla") == {"out"}
     assert (tmp_path / "sample.wav").exists() and json.loads((tmp_path / "runs" / "tts" / "config.json").read_text())["model"] == "DiT"
