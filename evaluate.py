@@ -31,8 +31,8 @@ import torchaudio
 from torch import nn
 from tqdm import tqdm
 
-from model import InputError, SemanticVAE, write_atomic
-from prepare import DEMO, barrier, cli, read_audio, start_ranks, weights_hash
+from model import InputError, SemanticVAE, load_torch, read_json, write_atomic
+from prepare import DEMO, barrier, cli, lock, read_audio, start_ranks, weights_hash
 
 
 @dataclass(frozen=True)
@@ -254,10 +254,7 @@ class SIMo:
     def __init__(self, path: str, device):
         from transformers import WavLMConfig, WavLMModel
 
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        except Exception as e:  # torch raises many kinds for a missing, truncated or unsafe file
-            raise InputError(f"cannot read the speaker model {path}, expected wavlm_large_finetune.pth: {str(e).splitlines()[0]}") from e
+        weights = load_torch(Path(path)).get("model", {})
         unused = [k for k in weights if k.startswith("loss_calculator.") or k.endswith("num_batches_tracked")]
         weights = {k: v for k, v in weights.items() if k not in unused}
         shape = lambda name: weights[f"feature_extract.model.{name}"].shape
@@ -437,13 +434,13 @@ def main(argv=None):
 
     # ---- this rank's utterances; a record is kept as soon as it is made, should this be interrupted
     stamp = args.generated / "settings.json" if args.generated else None
-    made = json.loads(stamp.read_text(encoding="utf-8")) if stamp and stamp.exists() else {}
+    made = read_json(stamp) if stamp and stamp.exists() else {}
     how = "".join(f" {k}={made[k]}" for k in ("seed", "steps", "cfg", "sway", "speed") if k in made) or (" seed=? steps=? cfg=?" if args.generated else "")
     signature = (f"list={args.list.name} asr={asr.identity} sim={sim.identity} normalizer=seed-tts-eval wer=utterance-mean"
                  f"{f' vae={rebuild[2]}' if rebuild else ''}{how}")  # fmt: skip
     newest = max((args.generated / line.wav).stat().st_mtime_ns for line in lines) if args.generated else 0
     work, key = args.out.with_name(args.out.name + ".work"), f"{signature} {args.audio} {args.generated} {newest} {args.squim}"
-    done = read_records(work, key)
+    done, held = read_records(work, key), lock(work) if rank == 0 else None
     barrier()  # all ranks have seen the same records before the next is written
     work.mkdir(parents=True, exist_ok=True)
     with open(work / f"{rank}.jsonl", "a", encoding="utf-8") as f:

@@ -16,10 +16,12 @@ Convolutions see [B, C, N]; attention, latents and everything between the two st
 Parameters carry the names of the authors' release (VAE) and of F5-TTS (DiT), so a state dict needs no translation.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -119,13 +121,39 @@ PRESETS = {
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call write(temporary path), flush it to the disk, then rename: `path` is always whole, old or new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Call write(temporary path), flush it to the disk, then rename: `path` is always whole, old or new. Failing is an InputError."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk as Python, torch and soundfile, and safetensors report it
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"cannot write {path}: {str(e).splitlines()[0]}; what was there before is whole") from e
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Anything else is an InputError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"cannot read {path}: {e}") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, expected an object with names and values")
+    return value
+
+
+def load_torch(path: Path) -> dict:
+    """What torch.save wrote: plain tensors and numbers, never code. A missing, damaged or unsafe file is an InputError."""
+    try:
+        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError("its entries are compressed, which torch.save never does")  # a small file could unfold to any size
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds
+        raise InputError(f"cannot read {path}: {(str(e) or repr(e)).splitlines()[0]}") from e
 
 
 def local_folder(name: str | Path) -> Path:
@@ -154,7 +182,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"cannot read {path}: {e}; train again or copy the file anew") from e
 
 
-def load_exactly(module: nn.Module, tensors: dict[str, torch.Tensor], source) -> None:
+def load_exactly(module: nn.Module, tensors: dict[str, torch.Tensor], source, only_check: bool = False) -> None:
     """Load by name and shape. Anything missing, left over or of another shape is an InputError that names it."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -162,7 +190,8 @@ def load_exactly(module: nn.Module, tensors: dict[str, torch.Tensor], source) ->
     for what, names in (("lacks", missing), ("has unknown", extra), ("has other shapes:", sorted(shapes))):
         if names:
             raise InputError(f"{source} does not fit {type(module).__name__}: it {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
-    module.load_state_dict(tensors)
+    if not only_check:
+        module.load_state_dict(tensors)
 
 
 class Pretrained(nn.Module):
@@ -183,18 +212,35 @@ class Pretrained(nn.Module):
         path = folder / "config.json"
         if not path.exists():
             raise InputError(f"{folder} holds no config.json (expected a folder written by train_vae.py or train_tts.py)")
+        saved, config_class = read_json(path), cls.__init__.__annotations__["config"]
+        if saved.get("model") != cls.__name__:
+            raise InputError(f"{folder} holds a {saved.get('model')}, expected a {cls.__name__}")
+        tensors = load_tensors(folder / "model.safetensors")
+        config = read_config(config_class, saved.get("config"), path, len(tensors))
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
-            kind = saved["model"]
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise InputError(f"{path} is not a config of this project: {e!r}") from e
-        config_class = cls.__init__.__annotations__["config"]
-        if kind != cls.__name__ or not values.keys() <= {f.name for f in fields(config_class)}:  # what it lacks is the default
-            raise InputError(f"{folder} holds a {kind}, expected a {cls.__name__}" if kind != cls.__name__ else f"{path} has other settings than {config_class.__name__}")
-        model = cls(config_class(**values))
-        load_exactly(model, load_tensors(folder / "model.safetensors"), folder)
+            with torch.device("meta"):  # what the config asks for is held against the file before memory is spent on it
+                load_exactly(cls(config), tensors, folder, only_check=True)
+            model = cls(config)
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as e:
+            raise InputError(f"{path} does not describe a {cls.__name__}: {e}") from e
+        load_exactly(model, tensors, folder)
         return model.eval()
+
+
+def read_config(config_class, values, path: Path, most: int):
+    """The dataclass of these values; what they lack is the default. A name or kind of value that it does not know, or more layers than
+    `most`, is an InputError."""
+    known = {f.name: f.default for f in fields(config_class)}
+    if not isinstance(values, dict) or not values.keys() <= known.keys():
+        raise InputError(f"{path} has other settings than {config_class.__name__}: {sorted(values.keys() - known.keys()) if isinstance(values, dict) else values}")
+    values = {k: tuple(v) if isinstance(v, list) else float(v) if isinstance(known[k], float) and type(v) is int else v for k, v in values.items()}
+    sizes = [n for v in values.values() for n in (v if isinstance(v, tuple) else [v]) if type(n) is int]
+    layers = [values.get(name, 0) for name in ("depth", "text_layers")] + [len(v) for v in values.values() if isinstance(v, tuple)]
+    if any(type(v) is not type(known[k]) for k, v in values.items()) or not all(type(n) is int for v in values.values() if isinstance(v, tuple) for n in v):
+        raise InputError(f"{path} has settings of the wrong kind: {values}")
+    if sizes and not 0 <= min(sizes) <= max(sizes) < 200_000 or max(layers) > most:
+        raise InputError(f"{path} has sizes that its weights cannot have: {values}")
+    return config_class(**values)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -271,7 +317,9 @@ class LogMel(nn.Module):
     def __init__(self, sample_rate: int, bands: int, hop: int, window: int = 1024):
         super().__init__()
         self.window, self.hop = window, hop
-        self.register_buffer("bank", torchaudio.functional.melscale_fbanks(window // 2 + 1, 0, sample_rate / 2, bands, sample_rate).T, persistent=False)
+        with torch.device("cpu"):
+            bank = torchaudio.functional.melscale_fbanks(window // 2 + 1, 0, sample_rate / 2, bands, sample_rate).T
+        self.register_buffer("bank", bank, persistent=False)
 
     def forward(self, wave):  # [B, 1, T]
         hann = torch.hann_window(self.window, device=wave.device)
@@ -559,10 +607,7 @@ class SemanticVAE(Pretrained):
         """The authors' weights, every key accounted for by name and shape; sizes are read off the shapes."""
         path = folder / "dac" / "ema_state_dict.pth"
         path = path if path.exists() else folder / "dac" / "weights.pth"
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # torch raises many kinds for a missing, truncated or unsafe file
-            raise InputError(f"cannot read {path}: {str(e).splitlines()[0]}") from e
+        tensors = load_torch(path)
         tensors = tensors.get("state_dict", tensors)
         if path.stem == "ema_state_dict":
             tensors = {k: v for k, v in tensors.items() if k not in ("initted", "step")}  # the EMA's own counters

@@ -19,11 +19,14 @@ Killed at any moment and run again, it continues and ends with the same bytes.
 import argparse
 import csv
 import datetime
+import fcntl
 import hashlib
 import json
 import math
 import os
+import platform
 import shutil
+import signal
 import sys
 import unicodedata
 import zlib
@@ -39,7 +42,7 @@ import torch.distributed as dist
 import torchaudio
 from tqdm import tqdm
 
-from model import InputError, LogMel, SemanticVAE, write_atomic
+from model import InputError, LogMel, SemanticVAE, read_json, write_atomic
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -66,16 +69,68 @@ def barrier():
 
 
 def cli(main) -> None:
-    """Run main(); an InputError becomes one line and exit code 2."""
+    """Run main(); an InputError becomes one line and exit code 2, Ctrl-C and SIGTERM one line and 130 and 143."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
         barrier()  # leave together: a rank that exits while Gloo still holds its tensors may be aborted
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        print(f"error: the GPU is out of memory: lower --micro-batch (train_vae.py), --micro-seconds (train_tts.py), --batch-seconds (prepare.py) or --batch-size (sample.py): {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as e:
+        print("interrupted: nothing is lost, run the command again", file=sys.stderr)
+        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Stop:
+    """For loops that need not be interrupted in the middle: SIGTERM and Ctrl-C are noted, and all ranks stop after the same step."""
+
+    def __init__(self):
+        self.number = 0
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # the CPUs agree, no GPU is waited for
+        signal.signal(signal.SIGTERM, self.note), signal.signal(signal.SIGINT, self.note)
+
+    def note(self, number, frame):
+        if self.number:  # twice: at once
+            raise KeyboardInterrupt(number)
+        self.number = number
+
+    def agreed(self) -> int:
+        """The signal that any rank has heard; 0: none."""
+        number = torch.tensor(self.number)
+        if self.group:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return number.item()
+
+
+def lock(folder: Path):
+    """Refuse a folder that another process is writing to. The lock lasts as long as what is returned, or this process: its end, however
+    sudden, frees it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        if not (owner := file.read().strip()).startswith(f"process {os.getpid()} on {platform.node()},"):
+            raise InputError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None
+        return file
+    except OSError as e:
+        raise InputError(f"cannot write in {folder}: {e}") from e
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    file.flush()
+    return file
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -86,6 +141,8 @@ def normalize_text(text: str, mode: str) -> str:
     """NFC and single spaces; "plain" also lower-cases and removes punctuation (all but apostrophes inside words).
 
     Used here and by sample.py with the mode kept in the checkpoint, so that a model is asked only what it was taught."""
+    if any(0xD800 <= ord(c) < 0xE000 for c in text):
+        raise InputError(f"not UTF-8: {text!r}")
     text = unicodedata.normalize("NFC", text).replace("’", "'")
     if mode == "plain":
         text = "".join(c if unicodedata.category(c)[0] in "LMN'" or c == "'" else " " for c in text.lower())
@@ -95,14 +152,24 @@ def normalize_text(text: str, mode: str) -> str:
 
 def read_audio(path: str | Path, rate: int) -> np.ndarray:
     """Any file soundfile reads → mono float32 [T] at `rate`. Raises InputError if it cannot be read or is empty."""
+    blocks = []
     try:
-        wave, source_rate = sf.read(path, dtype="float32", always_2d=True)
+        with sf.SoundFile(path) as f:
+            source_rate = f.samplerate
+            while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # as much as there is, not as the header says
+                blocks.append(block.mean(1))
     except (sf.SoundFileError, OSError, ValueError) as e:
         raise InputError(f"cannot read {path}: {e} (wav, flac, ogg, opus and mp3 can be read)") from e
-    if len(wave) == 0:
+    if not blocks:
         raise InputError(f"{path} holds no samples")
-    wave = torch.from_numpy(wave.mean(1))
+    if source_rate * rate / math.gcd(source_rate, rate) ** 2 > 1 << 26:  # its filters would fill the memory
+        raise InputError(f"cannot read {path}: {source_rate} Hz has too little in common with {rate} Hz: resample it first")
+    wave = torch.from_numpy(np.concatenate(blocks))
     return torchaudio.functional.resample(wave, source_rate, rate).numpy()
+
+
+def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
+    write_atomic(path, lambda p: sf.write(p, wave, rate, format="WAV", subtype="PCM_16"))
 
 
 def frame_count(samples: int, sample_rate: int, frame_rate) -> int:
@@ -125,24 +192,27 @@ class Data:
         self.folder = Path(folder)
         if not (self.folder / "meta.json").exists():
             raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out {folder} first")
-        self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        self.meta = read_json(self.folder / "meta.json")
         for name in need:
             if name not in self.meta:
                 remedy = {"ssl": "--ssl MODEL", "latents": "--vae RUN"}.get(name, "")
                 raise InputError(f"{folder} holds no {name}: run python prepare.py --out {folder} {remedy} first")
-        lines = (self.folder / "index.tsv").read_text(encoding="utf-8").splitlines()[1:]
-        self.clips = [dict(zip(("id", "split", "speaker", "samples", "text"), line.split("\t"))) for line in lines]
-        self.rate = self.meta["sample_rate"]
-        self.samples = np.array([int(c["samples"]) for c in self.clips])
-        self.arrays, self.offsets = {}, {}
-        for name in need:
-            shape, counts = self.meta[name]["shape"], self.counts(name)
-            path, dtype = self.folder / f"{name}.bin", np.dtype(self.meta[name]["dtype"])
-            expected = math.prod(shape) * dtype.itemsize
-            if not path.exists() or path.stat().st_size != expected or counts.sum() != shape[0]:
-                raise InputError(f"{path} is {'missing' if not path.exists() else f'{path.stat().st_size} bytes, expected {expected}'}: remove {folder} and run prepare.py again")
-            self.arrays[name] = np.memmap(path, dtype, "r", shape=tuple(shape))
-            self.offsets[name] = np.concatenate([[0], counts.cumsum()])
+        try:
+            lines = (self.folder / "index.tsv").read_text(encoding="utf-8").splitlines()[1:]
+            self.clips = [dict(zip(("id", "split", "speaker", "samples", "text"), line.split("\t"), strict=True)) for line in lines]
+            self.rate = self.meta["sample_rate"]
+            self.samples = np.array([int(c["samples"]) for c in self.clips])
+            self.arrays, self.offsets = {}, {}
+            for name in need:
+                shape, counts = self.meta[name]["shape"], self.counts(name)
+                path, dtype = self.folder / f"{name}.bin", np.dtype(self.meta[name]["dtype"])
+                found, expected = path.stat().st_size, math.prod(shape) * dtype.itemsize
+                if found != expected or counts.sum() != shape[0] or counts.min(initial=0) < 0:
+                    raise ValueError(f"{path} has {found} bytes, expected {expected} in {counts.sum()} rows")
+                self.arrays[name] = np.memmap(path, dtype, "r", shape=tuple(shape))
+                self.offsets[name] = np.concatenate([[0], counts.cumsum()])
+        except (ArithmeticError, AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as e:
+            raise InputError(f"{folder} is damaged ({type(e).__name__}: {e}): remove it and run prepare.py again") from e
 
     def counts(self, name: str) -> np.ndarray:
         """Rows of array `name` that each clip has."""
@@ -170,6 +240,7 @@ def from_manifest(path: Path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 (byte {e.start}): save it as UTF-8") from e
+    csv.field_size_limit(1 << 30)
     rows = csv.DictReader((line for line in lines if line.strip()), delimiter="|", quoting=csv.QUOTE_NONE)
     for column in ("audio", "speaker", "text"):
         if column not in (rows.fieldnames or []):
@@ -241,6 +312,9 @@ def list_clips(source: Path, layout: str) -> list[tuple]:
         raise InputError(f"cannot read the transcripts of {source}: {e}; they must be UTF-8") from e
     if not clips:
         raise InputError(f"{source} lists no clips")
+    for name, _, speaker, _, _ in clips:  # which the index could not hold
+        if "\t" in name + speaker or len(f"{name}.{speaker}.".splitlines()) > 1:
+            raise InputError(f"{source}: {name!r} by {speaker!r} has a tab or a line break in its name")
     return clips
 
 
@@ -348,7 +422,7 @@ def fill(out: Path, name: str, settings: dict, rows: int, width: tuple, dtype: s
 def finish(out: Path, name: str, entry: dict) -> None:
     """Move the filled array to its place and enter it in meta.json, in an order that never pairs old numbers with new notes."""
     path = out / "meta.json" if (out / "meta.json").exists() else out / "index.json"
-    meta = json.loads(path.read_text(encoding="utf-8"))
+    meta = read_json(path)
     if meta.pop(name, None) and path.name == "meta.json":
         write_atomic(path, lambda p: p.write_text(json.dumps(meta, indent=2), encoding="utf-8"))
     os.replace(out / "work" / f"{name}.bin", out / f"{name}.bin")
@@ -585,7 +659,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
-    out = args.out
+    out, held = args.out, lock(args.out) if rank == 0 else None
     if args.download:
         if rank == 0:
             download(args.download, args.download_to)
@@ -610,7 +684,7 @@ def main(argv=None):
     if args.vae:
         fill_latents(args, out, rank, world, device)
     if rank == 0:
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(out / "meta.json")
         dropped = [line.split("\t") for line in (out / "dropped.tsv").read_text(encoding="utf-8").splitlines()]
         for name, why in dropped[:20]:
             print(f"dropped {name}: {why}")

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
 from tqdm import tqdm
 
 from evaluate import Recognizer, find_audio, read_list
 from evaluate import error_rates as asr_error
-from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, sample, write_atomic
-from prepare import DEMO, barrier, cli, normalize_text, read_audio, start_ranks
+from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, read_json, sample, write_atomic
+from prepare import DEMO, barrier, cli, lock, normalize_text, read_audio, start_ranks, write_wave
 
 
 @dataclass
@@ -55,7 +54,7 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     """The DiT, the VAE whose latents it speaks in (refused if its hash is another's), and the DiT's config.json."""
     folder = local_folder(tts)
     dit = DiT.from_pretrained(folder).to(device)
-    notes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    notes = read_json(folder / "config.json")
     vae = vae or notes.get("vae")
     if not vae:
         raise InputError(f"{tts} does not say where its VAE is: name it with --vae")
@@ -154,10 +153,6 @@ def join(waves: list[np.ndarray], rate: int) -> np.ndarray:
     return out
 
 
-def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
-    write_atomic(path, lambda p: sf.write(p, wave, rate, format="WAV", subtype="PCM_16"))
-
-
 # --------------------------------------------------------------------------------------------------------------
 
 
@@ -203,13 +198,14 @@ def say_list(args, dit, vae, notes, rank, world, device) -> None:
     rate, lines, root = dit.config.sample_rate, read_list(args.list), args.ref_dir or args.list.parent
     settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, sway=args.sway, speed=args.speed, tts_step=notes.get("step"), vae=notes["vae_name"])
     stamp = args.out / "settings.json"
-    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != settings:
+    if stamp.exists() and read_json(stamp) != settings:
         raise InputError(f"{args.out} was made with other settings ({stamp.read_text(encoding='utf-8')}): choose another --out")
     prompts = {line.ref: find_audio(root, line.ref) for line in lines}  # all of them, before anything is spent
     todo = [line for line in lines[: args.limit] if not (args.out / line.wav).exists()]
     if args.dry_run:
         print(f"{args.list}: {len(lines[: args.limit])} lines, {len(todo)} to be said; every prompt is there")
         return
+    held = lock(args.out) if rank == 0 else None
     barrier()  # all ranks have seen the same files before the first is written
     if rank == 0:
         print(f"{len(lines[: args.limit])} lines, {len(lines[: args.limit]) - len(todo)} there already")

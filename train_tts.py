@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -27,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
-from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss, write_atomic
-from prepare import DEMO, Data, cli, start_ranks
+from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss
+from prepare import DEMO, Data, Stop, cli, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
-from train_vae import Log, Means, compiled, guarded_step, load_state, read_args, report_skipped, save_args, update_ema
+from train_vae import Log, Means, compiled, first_bad, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
 
 # --------------------------------------------------------------------------------------------------------------
 # Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.
@@ -201,6 +200,7 @@ def parse_args(argv=None):
     parser.add_argument("--clip", type=float, default=1, help="largest gradient norm (default %(default)s)")
     parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
     parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
+    parser.add_argument("--keep", type=int, default=0, help="also keep the averaged weights of so many evaluations, as OUT/step0005000 (default %(default)s)")
     parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
     parser.add_argument("--eval-sentences", type=int, default=4, help="fixed sentences to synthesise (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for their error rate: hub id or folder; \"none\" for none (default: the demo's)")
@@ -214,6 +214,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
+    held, stop = lock(args.out) if rank == 0 else None, Stop()
     data = Data(args.data, ("audio", "latents"))
     latents = data.meta["latents"]
     torch.manual_seed(args.seed)
@@ -249,12 +250,10 @@ def main(argv=None):
     dit.latent_mean.copy_(train.mean), dit.latent_std.copy_(train.std)
     dit.to(device)
     optimizer = torch.optim.AdamW(dit.parameters(), lr=args.lr, fused=True)
-    ema, first = copy.deepcopy(dit).eval().requires_grad_(False), 0
-    if args.resume:
-        state = load_state(args.out / "state.pt")
-        for module, name in ((dit, "dit"), (ema, "ema"), (optimizer, "optimizer")):
-            module.load_state_dict(state[name])
-        first = state["step"]
+    ema = copy.deepcopy(dit).eval().requires_grad_(False)
+    modules = dict(dit=dit, ema=ema, optimizer=optimizer)
+    state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={})
+    first, means = state["step"], Means(state["means"], device)
 
     micro = MicroBatches(train, first, args.steps, args.micro_seconds, rank, world)
     loader = iter(torch.utils.data.DataLoader(train, batch_sampler=micro, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"))
@@ -262,7 +261,6 @@ def main(argv=None):
     requests = fixed_requests(data, args.eval_sentences)
     notes = dict(vae=os.path.relpath(vae_folder, args.out) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"])
     if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
         save_args(args)
         log = Log(args.out / "log.csv", ["step", "loss", "grad", "skipped", "lr", "seconds", "valid_loss", "cer", "wer"], first)
         print(f"{device}, {world} rank(s); DiT {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters; {len(train.clips)} clips, {data.meta['hours']} h; "
@@ -283,7 +281,8 @@ def main(argv=None):
 
     peak = matrix_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
     flops = step_flops(dit, args.batch_seconds * train.rate / world, np.mean([sum(train.frames[i] for i in run) for run in train.step(0)]))  # of this rank
-    means, start = Means(), time.time()
+    heard_at = lambda step, part: [data.clips[i]["id"] for run in micro.parts(step)[part] for i in run]
+    start = time.time()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="tts")
     for step in bar:
         warm, decay = (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.steps - args.warmup)
@@ -294,40 +293,47 @@ def main(argv=None):
         frames = sum(span.sum() for _, _, _, span, *_ in batches)
         if world > 1:  # the mean runs over the span frames of the whole global batch
             dist.all_reduce(frames)
-        total = 0
+        parts = []
         for i, batch in enumerate(batches):
             with objective.no_sync() if world > 1 and i < len(batches) - 1 else contextlib.nullcontext():
                 with autocast():
                     error, _ = objective(*batch)
                 loss = error * world / frames  # DDP averages over ranks: undo that
                 loss.backward()
-            total = total + loss.detach()
+            parts.append(loss.detach())
+        total = sum(parts)
         norm = nn.utils.clip_grad_norm_(dit.parameters(), args.clip)
-        means.add({"loss": total, "grad": norm, "skipped": guarded_step(optimizer, norm)})
+        means.add({"loss": total, "grad": norm, "skipped": guarded_step(optimizer, norm), "part": first_bad(parts)})
         update_ema(ema, dit, args.ema, step)
 
-        # ---- log, evaluate, save
-        done, last = step + 1, step + 1 == args.steps
+        # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
+        done, last, stopped = step + 1, step + 1 == args.steps, stop.agreed()
         logging, evaluating = done == 1 or done % args.log_every == 0 or last, done == 1 or done % args.eval_every == 0 or last
         if logging:
+            means.report_skipped(done, 1, heard_at)
             row = means.read(world)
-            report_skipped(row["skipped"], done)
         if evaluating and rank == 0:
             scores = dict(valid_loss=validate(ema, valid, device))
-            if step > 0:
-                ema.save_pretrained(args.out, **notes, step=done)
-                state = dict(step=done, dit=dit.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-                write_atomic(args.out / "state.pt", lambda p: torch.save(state, p))
-                waves = synthesize(ema, vae, requests, seed=args.seed)
-                (args.out / "samples").mkdir(exist_ok=True)
-                for n, wave in enumerate(waves):
-                    sf.write(args.out / "samples" / f"{n}_step{done:07d}.wav", wave, data.rate)
-                if asr:
-                    scores |= error_rates([r.text for r in requests], [asr(w, data.rate) for w in waves])
+            try:
+                waves = synthesize(ema, vae, requests, seed=args.seed) if step > 0 else []
+            except InputError as e:  # what it says yet may be nothing
+                tqdm.write(f"step {done}: no samples: {e}")
+                waves = []
+            for n, wave in enumerate(waves):
+                write_wave(args.out / "samples" / f"{n}_step{done:07d}.wav", wave, data.rate)
+            if asr and waves:
+                scores |= error_rates([r.text for r in requests], [asr(w, data.rate) for w in waves])
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
             pace = (done - first) / (time.time() - start)  # steps a second, evaluations included
             bar.set_postfix(loss=f"{total.item():.3f}", audio=f"{args.batch_seconds * pace:.0f} s/s", mfu=f"{flops * pace / peak:.0%}")
+        if evaluating and step > 0 or stopped:
+            gathered = means.state(world)
+            if rank == 0:
+                save_run(args.out, done, ema, notes, modules, gathered, args.keep)
+        if stopped:
+            bar.close()
+            raise SystemExit(stopped_at(args.out, done, stopped, rank))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import copy
 import csv
 import json
 import math
+import os
+import shutil
 import time
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, upward_alignment_loss, write_atomic
-from prepare import Data, SSLModel, cli, frame_count, layer_number, load_teacher, repeat_last, start_ranks
+from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, load_torch, read_json, upward_alignment_loss, write_atomic
+from prepare import Data, SSLModel, Stop, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -190,9 +191,12 @@ class Crops(torch.utils.data.Dataset):
             self.cache = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))
         return self.cache[1]
 
-    def __getitem__(self, k: int):
+    def clip(self, k: int) -> int:
         epoch, position = divmod(k, len(self.clips))
-        clip, rng = self.clips[self.order(epoch)[position]], np.random.default_rng([self.seed, 1, k])
+        return self.clips[self.order(epoch)[position]]
+
+    def __getitem__(self, k: int):
+        clip, rng = self.clip(k), np.random.default_rng([self.seed, 1, k])
         whole = frame_count(int(self.data.samples[clip]), self.data.rate, Fraction(self.data.rate, self.hop))
         start = self.grid * int(rng.integers(0, max(0, whole - self.frames) // self.grid + 1))  # inside the clip where it is long enough
         wave = self.data.get("audio", clip, start * self.hop, self.frames * self.hop)
@@ -239,7 +243,7 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv=None) -> argparse
     if known.resume:
         if not saved.exists():
             raise InputError(f"{known.out} holds no run to resume (no args.json)")
-        parser.set_defaults(**json.loads(saved.read_text(encoding="utf-8")))
+        parser.set_defaults(**read_json(saved))
     else:
         if (known.out / "state.pt").exists():
             raise InputError(f"{known.out} already holds a run: add --resume to go on with it, or choose another --out")
@@ -254,11 +258,27 @@ def save_args(args) -> None:
     write_atomic(args.out / "args.json", lambda p: p.write_text(json.dumps(values, indent=2), encoding="utf-8"))
 
 
-def load_state(path: Path) -> dict:
+def load_state(path: Path, modules: dict) -> dict:
+    """What save_state wrote: loads the weights and optimisers, and returns the state."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds for a missing, truncated or unsafe file
+        state = load_torch(path)
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        return dict(step=int(state["step"]), means=state.get("means", {}))
+    except Exception as e:  # torch raises many kinds for names, shapes and types that do not fit
         raise InputError(f"cannot resume from {path}: {str(e).splitlines()[0]}; choose another --out to begin anew") from e
+
+
+def save_run(out: Path, step: int, model, notes: dict, modules: dict, means: dict, keep: int) -> None:
+    """The averaged weights for sampling, all that --resume needs, and `keep` older averages as out/step0000000."""
+    model.save_pretrained(out, **notes, step=step)
+    if keep:
+        vae = dict(vae=os.path.join("..", notes["vae"])) if (out / notes.get("vae", "/nowhere")).is_dir() else {}
+        model.save_pretrained(out / f"step{step:07d}", **notes | vae, step=step)
+        for old in sorted(out.glob("step???????"))[:-keep]:
+            shutil.rmtree(old)
+    state = dict(step=step, means=means, **{name: module.state_dict() for name, module in modules.items()})
+    write_atomic(out / "state.pt", lambda p: torch.save(state, p))
 
 
 class Log:
@@ -281,19 +301,47 @@ class Log:
 class Means:
     """Running means of named scalars, kept on the device; read and reset once a log line, over all ranks."""
 
-    def __init__(self):
-        self.values = {}
+    def __init__(self, saved: dict[str, torch.Tensor], device):
+        self.values = {k: list(v.to(device)) for k, v in saved.items()}
+        self.streak = 0  # updates left out in a row
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         for k, v in values.items():
-            self.values.setdefault(k, []).append(v.detach())
+            self.values.setdefault(k, []).append(v.detach().float())
+
+    def state(self, world: int) -> dict[str, torch.Tensor]:
+        """What has gathered since the last log line, averaged over ranks: resumed between two lines, a run loses none of it."""
+        stacked = {k: torch.stack(v) for k, v in self.values.items()}
+        for v in stacked.values() if world > 1 else ():
+            dist.all_reduce(v.div_(world))
+        return {k: v.cpu() for k, v in stacked.items()}
 
     def read(self, world: int) -> dict[str, float]:
+        self.values.pop("part", None)  # not for the log
         means = torch.stack([torch.stack(v).nanmean() for v in self.values.values()])  # of the finite ones: "skipped" counts the others
         if world > 1:
             dist.all_reduce(means)
         names, self.values = list(self.values), {}
         return dict(zip(names, (means / world).tolist()))
+
+    def report_skipped(self, done: int, accumulate: int, clips) -> None:
+        """Name the first term since the last log line that was not finite, its step, and clips(step, micro-batch). Five updates in a row
+        that were left out end the run, whose last checkpoint is from before them."""
+        skipped, bad = torch.stack(self.values["skipped"]).tolist(), []
+        for name, values in self.values.items() if any(skipped) else ():
+            each = accumulate if name not in ("grad", "grad_d", "skipped", "part") else 1  # entries a step
+            for i in (~torch.stack(values).isfinite()).nonzero().flatten().tolist():
+                back = (len(values) - 1 - i) // each
+                bad.append((done - back, each == 1 or name == "loss", name, int(self.values["part"][-1 - back])))
+        if bad:
+            step, _, name, part = min(bad, key=lambda b: b[:2])  # a term rather than their sum or its gradient
+            names = clips(step - 1, part)
+            tqdm.write(f"step {step}: {name} was not finite; of {len(skipped)} updates since the last log line {sum(skipped):.0f} were left out; "
+                       f"among the clips {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}")  # fmt: skip
+        for one in skipped:
+            self.streak = self.streak + 1 if one else 0
+            if self.streak == 5:
+                raise InputError(f"step {done}: five updates in a row were left out, since losses or gradients were not finite: lower --lr, or take out the clips named above, and --resume")
 
 
 @torch.no_grad()
@@ -316,6 +364,18 @@ def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
         return module
 
 
+def first_bad(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Which of a step's micro-batches was the first whose loss is not finite (0, if none)."""
+    return torch.stack(parts).isfinite().float().argmin()
+
+
+def stopped_at(out: Path, step: int, signal: int, rank: int) -> int:
+    """Say how a run that was stopped by a signal goes on; its exit code."""
+    if rank == 0:
+        print(f"stopped at step {step}, which is saved: go on with --resume --out {out}")
+    return 128 + signal
+
+
 def guarded_step(optimizer: torch.optim.AdamW, norm: torch.Tensor) -> torch.Tensor:
     """One update; left out if the gradients' norm is not finite, which the fused kernel sees for itself, so that the CPU need
     not wait for the device. Returns 1 if it was left out."""
@@ -323,14 +383,6 @@ def guarded_step(optimizer: torch.optim.AdamW, norm: torch.Tensor) -> torch.Tens
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer.found_inf
-
-
-def report_skipped(share: float, step: int) -> None:
-    """One line if some updates since the last log line were left out; if all were, there is nothing to go on with."""
-    if share == 1:
-        raise InputError(f"step {step}: no gradient since the last log line was finite: lower --lr and resume from the last checkpoint")
-    if share > 0:
-        tqdm.write(f"step {step}: {share:.0%} of the updates since the last log line were left out, their gradients were not finite")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -353,7 +405,6 @@ def unit_latents(vae: SemanticVAE, waves: torch.Tensor, noise: float = 0.2) -> N
 @torch.no_grad()
 def evaluate(vae: SemanticVAE, data: Data, clips: list[int], mel: MelDistance, device, folder: Path, step: int) -> dict:
     """Mean mel and STFT distance of whole validation clips, reconstructed from the posterior's mean and written as wav files."""
-    folder.mkdir(parents=True, exist_ok=True)
     totals = dict(valid_mel=0.0, valid_stft=0.0)
     for n, clip in enumerate(clips):
         wave = data.get("audio", clip)[None].to(device)
@@ -361,8 +412,8 @@ def evaluate(vae: SemanticVAE, data: Data, clips: list[int], mel: MelDistance, d
         totals["valid_mel"] += mel(again, wave).item() / len(clips)
         totals["valid_stft"] += stft_distance(again, wave).item() / len(clips)
         if n < 4:
-            sf.write(folder / f"{n}_original.wav", wave[0].cpu().numpy(), data.rate)
-            sf.write(folder / f"{n}_step{step:07d}.wav", again[0].cpu().numpy(), data.rate)
+            write_wave(folder / f"{n}_original.wav", wave[0].cpu().numpy(), data.rate)
+            write_wave(folder / f"{n}_step{step:07d}.wav", again[0].cpu().numpy(), data.rate)
     return totals
 
 
@@ -398,6 +449,7 @@ def parse_args(argv=None):
     parser.add_argument("--clip", type=float, default=10, help="largest gradient norm, of both networks (default %(default)s)")
     parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
     parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
+    parser.add_argument("--keep", type=int, default=0, help="also keep the averaged weights of so many evaluations, as OUT/step0005000 (default %(default)s)")
     parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
     parser.add_argument("--eval-clips", type=int, default=16, help="validation clips (default %(default)s)")
     parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
@@ -410,6 +462,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
+    held, stop = lock(args.out) if rank == 0 else None, Stop()
     with_ssl = args.align_weight > 0 and not args.mel
     data = Data(args.data, ("audio", "ssl") if with_ssl and not args.ssl_online else ("audio",))
     teacher = load_teacher(args.ssl_online, args.ssl_layer, data.rate, device) if with_ssl and args.ssl_online else None
@@ -440,12 +493,10 @@ def main(argv=None):
         p.requires_grad_(args.encoder_lr > 0)  # at 0 the latents stay as they are, and with them every DiT trained on them
     adamw = lambda groups: torch.optim.AdamW(groups, lr=args.lr, betas=(0.8, 0.99), fused=True)
     optimizer, optimizer_d = adamw([dict(params=decoding), dict(params=encoding)]), adamw(discriminators.parameters())
-    ema, first = copy.deepcopy(vae).eval().requires_grad_(False), 0
-    if args.resume:
-        state = load_state(args.out / "state.pt")
-        for module, name in ((vae, "vae"), (ema, "ema"), (discriminators, "discriminators"), (optimizer, "optimizer"), (optimizer_d, "optimizer_d")):
-            module.load_state_dict(state[name])
-        first = state["step"]
+    ema = copy.deepcopy(vae).eval().requires_grad_(False)
+    modules = dict(vae=vae, ema=ema, discriminators=discriminators, optimizer=optimizer, optimizer_d=optimizer_d)
+    state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={})
+    first, means = state["step"], Means(state["means"], device)
     if args.encoder_lr == 0:  # the encoder that stays is the averaged one: the one that sampling knows
         for p, averaged in zip(encoding, (q for name, q in ema.named_parameters() if not name.startswith(vae.BEHIND_LATENTS))):
             p.data.copy_(averaged)
@@ -461,7 +512,6 @@ def main(argv=None):
     weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
 
     if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
         save_args(args)
         columns = ["step", "loss", *weights, "wave", "disc", "grad", "grad_d", "skipped", "lr", "seconds", "valid_mel", "valid_stft"]
         log = Log(args.out / "log.csv", columns, first)
@@ -485,7 +535,8 @@ def main(argv=None):
         with autocast():
             return fast_vae(batch["wave"], batch["noise"], batch.get("ssl"))
 
-    means, start, clips = Means(), time.time(), data.split("valid")[: args.eval_clips]
+    start, clips = time.time(), data.split("valid")[: args.eval_clips]
+    heard_at = lambda step, part: [data.clips[crops.clip(step * per_step + rank * per_step // world + part * micro + i)]["id"] for i in range(micro)]
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="vae")
     for step in bar:
         rate = args.lr * args.lr_decay**step  # pure functions of the step: resuming needs no scheduler state
@@ -501,6 +552,7 @@ def main(argv=None):
         outputs = [forward(batches[0])] if accumulate == 1 else None
 
         # ---- discriminator step: real and fake in one batch
+        left_out = torch.zeros((), device=device)
         if adversarial:
             for i, batch in enumerate(batches):
                 with torch.no_grad() if outputs is None else contextlib.nullcontext():
@@ -513,10 +565,12 @@ def main(argv=None):
                     (loss_d / accumulate).backward()
                 means.add({"disc": loss_d})
             norm_d = nn.utils.clip_grad_norm_(discriminators.parameters(), args.clip)
-            means.add({"grad_d": norm_d, "skipped": guarded_step(optimizer_d, norm_d)})
+            left_out = guarded_step(optimizer_d, norm_d)
+            means.add({"grad_d": norm_d})
 
         # ---- generator step: no gradient for the discriminators' weights, none through the real signal
         discriminators.requires_grad_(False)
+        parts = []
         for i, batch in enumerate(batches):
             with hold(fast_vae, i == accumulate - 1):
                 wave, (again, z, mean, logvar, aligned) = batch["wave"], outputs[0] if outputs else forward(batch)
@@ -532,28 +586,32 @@ def main(argv=None):
                         losses["adv"], losses["feature"] = generator_losses(fast_d(again), real_maps)
                 loss = sum(weights[k] * v for k, v in losses.items())
                 (loss / accumulate).backward()
+            parts.append(loss.detach())
             means.add({"loss": loss, **losses, "wave": F.l1_loss(again.detach(), wave)})
         discriminators.requires_grad_(True)
         norm = nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
-        means.add({"grad": norm, "skipped": guarded_step(optimizer, norm)})
+        left_out = torch.maximum(guarded_step(optimizer, norm), left_out)
+        means.add({"grad": norm, "skipped": left_out, "part": first_bad(parts)})
         update_ema(ema, vae, args.ema, step)
 
-        # ---- log, evaluate, save
-        done, last = step + 1, step + 1 == args.steps
+        # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
+        done, last, stopped = step + 1, step + 1 == args.steps, stop.agreed()
         logging, evaluating = done == 1 or done % args.log_every == 0 or last, done % args.eval_every == 0 or last
         if logging:
+            means.report_skipped(done, accumulate, heard_at)
             row = means.read(world)
-            report_skipped(row["skipped"], done)
         if evaluating and rank == 0:
             scores = evaluate(ema, data, clips, mel, device, args.out / "samples", done)
-            state = dict(step=done, vae=vae.state_dict(), ema=ema.state_dict(), discriminators=discriminators.state_dict(),
-                         optimizer=optimizer.state_dict(), optimizer_d=optimizer_d.state_dict())  # fmt: skip
-            notes = dict(data=data.meta["sources"], ssl=ssl, step=done)
-            ema.save_pretrained(args.out, **notes)
-            write_atomic(args.out / "state.pt", lambda p: torch.save(state, p))
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
             bar.set_postfix(loss=f"{loss.item():.3f}", audio=f"{per_step * seconds * (done - first) / (time.time() - start):.0f} s/s")
+        if evaluating or stopped:
+            gathered = means.state(world)
+            if rank == 0:
+                save_run(args.out, done, ema, dict(data=data.meta["sources"], ssl=ssl), modules, gathered, args.keep)
+        if stopped:
+            bar.close()
+            raise SystemExit(stopped_at(args.out, done, stopped, rank))
     if rank == 0:
         print(f"{args.out}: {args.steps} steps; its weights are named {ema.content_hash()}")
 

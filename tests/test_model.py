@@ -204,7 +204,10 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | {"config": config["config"] | change}))
         refused(SemanticVAE, tmp_path, *words)
     (tmp_path / "config.json").write_text("{")
-    refused(SemanticVAE, tmp_path, "config.json is not a config")
+    refused(SemanticVAE, tmp_path, "cannot read", "config.json")
+    for change, words in (({"decoder_dim": "128"}, ["wrong kind"]), ({"latent_dim": -8}, ["cannot have"]), ({"decoder_rates": [9] * 10**4}, ["cannot have"]), ({"strange": 1}, ["strange"])):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"config": config["config"] | change}))
+        refused(SemanticVAE, tmp_path, *words)
     (tmp_path / "config.json").write_text(json.dumps(config))
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])

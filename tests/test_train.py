@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -35,11 +36,14 @@ TTS = lambda world, out, **changes: ["--data", str(world.data), "--out", str(out
 
 
 @pytest.mark.parametrize("train, args, changes", [(train_vae, VAE, dict(micro_batch=2, adv_start=0)), (train_tts, TTS, dict(micro_seconds=3))])
-def test_resumed_training_equals_straight_training(train, args, changes, world, tmp_path):
-    """4 steps equal 2 + resume + 2, bit for bit, with accumulation, EMA and (VAE) discriminators; log.csv has each row once."""
-    train.main(args(world, tmp_path / "straight", steps=4, eval_every=2, **changes))
+@pytest.mark.parametrize("bf16", ["--no-bf16", "--bf16"])
+def test_resumed_training_equals_straight_training(bf16, train, args, changes, world, tmp_path):
+    """4 steps equal 2 + resume + 2, bit for bit, with accumulation, EMA and (VAE) discriminators; log.csv has each row once, though the
+    checkpoint lies between two of its lines."""
+    changes = changes | dict(steps=4, eval_every=2, log_every=1 if bf16 == "--bf16" else 3)
+    train.main(args(world, tmp_path / "straight", **changes) + [bf16])
     # A run that stops after step 3, with its last checkpoint at step 2: what a crash leaves.
-    real = train.write_atomic
+    real = train_vae.write_atomic
     with pytest.MonkeyPatch.context() as patch:
         seen = []
 
@@ -48,9 +52,9 @@ def test_resumed_training_equals_straight_training(train, args, changes, world, 
                 raise KeyboardInterrupt
             real(path, write)
 
-        patch.setattr(train, "write_atomic", dies_at_the_second_checkpoint)
+        patch.setattr(train_vae, "write_atomic", dies_at_the_second_checkpoint)
         with pytest.raises(KeyboardInterrupt):
-            train.main(args(world, tmp_path / "broken", steps=4, eval_every=2, **changes))
+            train.main(args(world, tmp_path / "broken", **changes) + [bf16])
     train.main(["--resume", "--out", str(tmp_path / "broken")])
     for name in ("model.safetensors",):
         a, b = (load_file(tmp_path / run / name) for run in ("straight", "broken"))
@@ -59,7 +63,7 @@ def test_resumed_training_equals_straight_training(train, args, changes, world, 
     flat = lambda x: [x] if torch.is_tensor(x) else [t for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else []) for t in flat(v)]
     assert len(flat(a)) > 100 and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
     clean = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / run)]
-    assert clean("straight") == clean("broken") and [r["step"] for r in rows(tmp_path / "broken")] == list("1234")
+    assert clean("straight") == clean("broken") and [r["step"] for r in rows(tmp_path / "broken")] == list("1234")  # 2 by its evaluation, 3 and 4 by log lines
 
 
 @pytest.mark.parametrize("train, args", [(train_vae, VAE), (train_tts, TTS)])
@@ -189,17 +193,27 @@ def test_a_teacher_inside_the_step_equals_stored_features(world, tmp_path):
     assert abs(found["online"] - found["stored"]) < 1e-3 and 1e-5 < abs(found["narrow"] - found["stored"]) < 0.2, found
 
 
-def test_a_step_that_is_not_finite_is_left_out(world, tmp_path, monkeypatch, capsys, fails):
-    """Only its step, weights and moments alike; a log interval of nothing else ends the run."""
-    bad, real = {1}, train_vae.MelDistance.forward
-    calls = []
-    monkeypatch.setattr(train_vae.MelDistance, "forward", lambda self, y, x: real(self, y, x) * (float("nan") if calls.append(0) is None and len(calls) - 1 in bad else 1))
-    settings = dict(adv_weight=0, eval_every=9, log_every=3, micro_batch=4)
-    train_vae.main(VAE(world, tmp_path / "vae", steps=4, **settings))
-    assert [r["skipped"] for r in rows(tmp_path / "vae")] == ["0", "0.5", "0"] and "50% of the updates" in capsys.readouterr().out
-    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "vae" / "model.safetensors").values())
-    bad.update(range(1000))
-    fails(train_vae.main, VAE(world, tmp_path / "lost", steps=4, **settings), "step 1", "no gradient", "--lr")
+@pytest.mark.parametrize("train, args, array, term", [(train_vae, VAE, "ssl", "align"), (train_tts, TTS, "latents", "loss")])
+def test_a_poisoned_clip_is_left_out_and_named(train, args, array, term, world, tmp_path, capsys, fails):
+    """The updates that meet it are left out, weights and moments alike; its step, term and name are told. Nothing but poison ends the run."""
+    data = tmp_path / "data"
+    shutil.copytree(world.data, data)
+    stored = Data(data, (array,))
+    poisoned = stored.split("train")[0]
+    values = np.memmap(data / f"{array}.bin", "float16", "r+")
+    width = int(np.prod(stored.meta[array]["shape"][1:]))
+    a, b = stored.offsets[array][poisoned : poisoned + 2]
+    values[a * width : b * width] = np.nan
+    settings = dict(data=data, adv_weight=0, micro_batch=1) if train is train_vae else dict(data=data, batch_seconds=3)
+    train.main(args(world, tmp_path / "run", steps=8, eval_every=8, log_every=4, **settings))
+    out = capsys.readouterr().out
+    named = re.findall(r"step (\d+): (\w+) was not finite; .* among the clips (.*)", out)
+    left_out = sum(float(r["skipped"]) for r in rows(tmp_path / "run")[1:])
+    assert named and 0 < left_out < 2 and all(t == term and stored.clips[poisoned]["id"] in names for _, t, names in named)
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "run" / "model.safetensors").values())
+    values[:] = np.nan
+    words = ("step 6", "five updates in a row", "--lr") if train is train_vae else ("do not fit their statistics",)
+    fails(train.main, args(world, tmp_path / "lost", steps=8, eval_every=9, log_every=3, **settings), *words)
 
 
 def test_fine_tuning_starts_from_the_given_weights(world, tmp_path, capsys, fails):
@@ -310,7 +324,7 @@ def test_bad_input(world, tmp_path, fails):
     shutil.copytree(world.data, copy)
     meta = json.loads((copy / "meta.json").read_text())
     (copy / "ssl.bin").write_bytes((copy / "ssl.bin").read_bytes()[:-2])
-    fails(train_vae.main, ["--data", copy, *out], "ssl.bin is", "bytes, expected")
+    fails(train_vae.main, ["--data", copy, *out], "ssl.bin has", "bytes, expected", "prepare.py")
     (copy / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "ssl"}))
     fails(train_vae.main, ["--data", copy, *out], "holds no ssl", "--ssl MODEL")
     (copy / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "latents"}))
