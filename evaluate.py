@@ -61,6 +61,8 @@ def read_list(path: Path) -> list[Line]:
         lines = [Line(ref, float(a), ref_text.strip(), gen, float(b), text.strip()) for ref, a, ref_text, gen, b, text in rows]
     except (UnicodeDecodeError, ValueError) as e:
         raise InputError(f"{path} is not a list of six tab-separated columns ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text: {e}") from e
+    if any("\0" in line.gen + line.ref for line in lines):
+        raise InputError(f"{path} has a file name with a null byte")
     names = Counter(line.wav for line in lines)
     if len(names) < len(lines) or not lines:
         raise InputError(f"{path} has {f'several lines for {names.most_common(1)[0][0]}' if lines else 'no lines'}")

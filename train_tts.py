@@ -29,7 +29,7 @@ from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss
 from prepare import DEMO, Data, Stop, cli, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
-from train_vae import Log, Means, compiled, first_bad, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
+from train_vae import Log, Means, compiled, first_bad, guarded_step, load_state, peak_memory, read_args, save_args, save_run, stopped_at, update_ema
 
 # --------------------------------------------------------------------------------------------------------------
 # Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.
@@ -279,6 +279,14 @@ def main(argv=None):
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
 
+    # ---- the largest micro-batch of the next steps first: if memory runs out, then now
+    padded = lambda runs: len(runs) * max(sum(train.frames[i] for i in run) for run in runs)
+    with autocast():
+        largest = max((part for step in range(first, min(first + 50, args.steps)) for part in micro.parts(step)), key=padded, default=[])
+        if largest:
+            objective(*[v.to(device) for v in collate([train[(0, run)] for run in largest])])[0].backward()
+    optimizer.zero_grad()
+
     peak = matrix_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
     flops = step_flops(dit, args.batch_seconds * train.rate / world, np.mean([sum(train.frames[i] for i in run) for run in train.step(0)]))  # of this rank
     heard_at = lambda step, part: [data.clips[i]["id"] for run in micro.parts(step)[part] for i in run]
@@ -309,6 +317,8 @@ def main(argv=None):
         # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
         done, last, stopped = step + 1, step + 1 == args.steps, stop.agreed()
         logging, evaluating = done == 1 or done % args.log_every == 0 or last, done == 1 or done % args.eval_every == 0 or last
+        if rank == 0 and step == first:
+            tqdm.write(peak_memory(device))
         if logging:
             means.report_skipped(done, 1, heard_at)
             row = means.read(world)

@@ -1,0 +1,322 @@
+"""What long trainings and strangers' files do to the scripts: python tests/torture.py [kill fuzz] [--seed 0]
+
+kill: prepare, both trainings, sample --list and evaluate are killed (SIGKILL) at random moments, again and again, and started anew
+      each time; after every kill all that lies in the folder must load, and in the end it must equal what a run without kills made.
+fuzz: thousands of damaged recordings, manifests, lists, checkpoints, data folders and texts: each gives a result or the one clean error,
+      never another exception, a crash, a hang, or a file name outside the output folder.
+
+Not a test: pytest does not collect it (some ten minutes). Prints what was tried; exits with 1 if anything was lost."""
+
+import argparse
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+from conftest import RATE, TTS_FLAGS, VAE_FLAGS, World, tone
+
+import evaluate
+import prepare
+import sample
+import train_tts
+import train_vae
+from model import DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, load_torch
+
+torch.set_num_threads(1)
+
+
+def fork(work, log: Path) -> int:
+    """Run work() in a process of its own; its pid. Its exit code: 0, 2 for an InputError, 1 for any other exception."""
+    pid = os.fork()
+    if pid:
+        return pid
+    with open(log, "a") as f:
+        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+    try:
+        work()
+        code = 0
+    except InputError as e:
+        print(f"error: {e}", flush=True)
+        code = 2
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def wait(pid: int, log: Path) -> None:
+    _, status = os.waitpid(pid, 0)
+    if status:
+        sys.exit(f"a command that nobody killed failed ({status}):\n{log.read_text()[-3000:]}")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Kills.
+
+
+def without_seconds(folder: Path) -> list:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(folder / "log.csv", encoding="utf-8"))]
+
+
+def trained(kind):
+    """(what must load after a kill, what must be equal at the end) of a run folder."""
+
+    def loads(out: Path, final: Path) -> None:
+        if (out / "state.pt").exists():
+            step = load_torch(out / "state.pt")["step"]
+            assert [int(r["step"]) for r in without_seconds(out)][:step] == list(range(1, step + 1)), "rows are missing"
+            kind.from_pretrained(out)
+
+    def result(out: Path):
+        return (out / "model.safetensors").read_bytes(), without_seconds(out)
+
+    return loads, result
+
+
+def prepared_loads(out: Path, final: Path) -> None:
+    if (out / "meta.json").exists():
+        prepare.Data(out, tuple(name for name in ("audio", "ssl", "latents") if name in json.loads((out / "meta.json").read_text())))
+
+
+def prepared(out: Path):
+    return [(out / name).read_bytes() for name in ("index.tsv", "audio.bin", "ssl.bin", "latents.bin", "dropped.tsv")]
+
+
+def waves_are_whole(out: Path, final: Path) -> None:
+    assert all(p.read_bytes() == (final / p.name).read_bytes() for p in out.glob("*.wav")), "a wav differs"
+
+
+def scores_are_whole(out: Path, final: Path) -> None:
+    assert not (out / "s.csv").exists() or (out / "s.csv").read_bytes() == (final / "s.csv").read_bytes(), "scores differ"
+
+
+def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
+    """`kills` kills of each command; how many things were lost."""
+    log = root / "log"
+    wait(fork(lambda: World(root), log), log)
+    world = World.__new__(World)  # its folders, made by the child: this process must start no threads before it forks
+    for name in ("corpus", "ssl", "sv", "data", "vae", "tts"):
+        setattr(world, name, root / name)
+    long = lambda flags, **more: [x for pair in (dict(zip(flags[::2], flags[1::2])) | more).items() for x in pair]
+    steps = {"--steps": "10", "--eval-every": "2", "--log-every": "1"}
+    lines = [f"audio/{a}.wav\t1\tone small bird sang\taudio/{b}.wav\t1\tby the river" for a, b in ((i % 5, i) for i in range(9))]
+    (root / "corpus" / "all.lst").write_text("\n".join(lines) + "\n")
+    everything = ["--list", str(root / "corpus" / "all.lst")]
+    commands = {  # name: script, flags, how --out is given, what must load after a kill, what must be equal at the end
+        "prepare": (prepare, [str(world.corpus), "--ssl", str(world.ssl), "--text", "plain", "--chunk", "1", "--vae", str(world.vae)], "", prepared_loads, prepared),
+        "train_vae": (train_vae, ["--data", str(world.data), *long(VAE_FLAGS, **steps)], "", *trained(SemanticVAE)),
+        "train_tts": (train_tts, ["--data", str(world.data), "--asr", "none", *long(TTS_FLAGS, **steps)], "", *trained(DiT)),
+        "sample": (sample, ["--tts", str(world.tts), *everything, "--steps", "2", "--batch-size", "2"], "", waves_are_whole, lambda out: sorted((p.name, p.read_bytes()) for p in out.glob("*.wav"))),
+        "evaluate": (evaluate, ["--asr", str(world.ssl), "--sim", str(world.sv), *everything], "s.csv", scores_are_whole, lambda out: (out / "s.csv").read_bytes()),
+    }  # fmt: skip
+    lost = 0
+    for name, (script, flags, file, loads, result) in commands.items():
+        def run(out):
+            resume = script in (train_vae, train_tts) and (out / "state.pt").exists()
+            return fork(lambda: script.main(["--resume", "--out", str(out)] if resume else [*flags, "--out", str(out / file)]), log)
+
+        straight, broken = root / f"straight-{name}", root / f"broken-{name}"
+        start = time.time()
+        wait(run(straight), log)
+        duration, killed, starts = time.time() - start, 0, 0
+        while killed < kills:
+            pid = run(broken)
+            time.sleep(rng.uniform(0, 0.6 * duration))
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+            starts += 1
+            killed += os.WIFSIGNALED(status)
+            if not os.WIFSIGNALED(status):
+                if os.WEXITSTATUS(status):
+                    sys.exit(f"{name} failed after {killed} kills:\n{log.read_text()[-3000:]}")
+                shutil.rmtree(broken)  # it was done before it was killed: from the start
+                continue
+            try:
+                loads(broken, straight)
+            except (AssertionError, InputError) as e:
+                lost += 1
+                print(f"{name}, kill {killed}: {e}")
+        wait(run(broken), log)
+        same = result(straight) == result(broken)
+        lost += not same
+        print(f"  {name:<10} {killed} kills in {starts} starts; in the end {'the same bytes' if same else 'ANOTHER RESULT'}", flush=True)
+    return lost
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Damaged input.
+
+
+def damage(data: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, cut out, doubled, or replaced by numbers that headers dislike; or the end cut off."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        i, n = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 4, 8, 64))
+        i = min(i, rng.choice((64, 256, len(data))))  # headers more often
+        kind = rng.randrange(6)
+        if kind == 0:
+            data[i : i + n] = rng.randbytes(n)
+        elif kind == 1:
+            del data[i : i + n]
+        elif kind == 2:
+            data[i:i] = data[i : i + n]
+        elif kind == 3:
+            data[i : i + 4] = rng.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\0\0\0\x80"))
+        elif kind == 4:
+            data[i : i + 1] = rng.choice((b"|", b"\t", b"\n", b"\0", b"/", b"..", b'"', b"{", b"[", b"-", b"9" * 30, "é\u2028\U0001f600".encode()))
+        else:
+            del data[rng.randrange(len(data) + 1) :]
+    return bytes(data)
+
+
+def audio_files(root: Path):
+    clips = {}
+    for suffix in ("wav", "flac", "ogg", "mp3"):
+        sf.write(root / f"a.{suffix}", tone(0.1, 0), RATE)
+        clips[suffix] = (root / f"a.{suffix}").read_bytes()
+
+    def read(rng):
+        path = root / f"damaged.{rng.choice(list(clips))}"
+        path.write_bytes(damage(clips[path.suffix[1:]], rng))
+        wave = prepare.read_audio(path, RATE)
+        assert wave.dtype == np.float32 and wave.ndim == 1 and len(wave)
+
+    return read
+
+
+def manifests(root: Path):
+    whole = ("audio|speaker|text|split\n" + "".join(f"audio/{i}.wav|s{i}|one small bird {i}|train\n" for i in range(9))).encode()
+
+    def read(rng):
+        (root / "manifest.csv").write_bytes(damage(whole, rng))
+        for name, _, speaker, text, split in prepare.list_clips(root / "manifest.csv", "auto"):
+            line = f"{name}\t{split}\t{speaker}\t1\t{prepare.normalize_text(text, rng.choice(('raw', 'plain')))}"
+            assert len(line.splitlines()) <= 1 and len(line.split("\t")) == 5, line
+
+    return read
+
+
+def lists(root: Path):
+    whole = "".join(f"1-2-{i}\t1.5\tOne bird.\t1-3-{i}\t2\tA bird.\n" for i in range(5)).encode()
+
+    def read(rng):
+        (root / "a.lst").write_bytes(damage(whole, rng))
+        for line in evaluate.read_list(root / "a.lst"):
+            assert (root / "out" / line.wav).resolve().parent == (root / "out").resolve() and "\0" not in line.wav
+
+    return read
+
+
+def checkpoints(root: Path):
+    vae = SemanticVAE(VAEConfig(encoder_dim=1, encoder_rates=(2,), latent_dim=2, decoder_dim=2, decoder_rates=(2,), decoder_kernels=(2,), resblock_kernels=(1,), ssl_dim=0))
+    vae.save_pretrained(root / "vae")
+    DiT(DiTConfig(latent_dim=2, width=16, depth=1, heads=1, text_dim=4, text_layers=1, vae_hash=vae.latents_hash())).save_pretrained(root / "dit")
+    torch.save(dict(step=3, means={}, model=torch.nn.Linear(2, 2).state_dict()), root / "state.pt")
+    files = {path: path.read_bytes() for path in (*root.glob("*/*"), root / "state.pt")}
+
+    def read(rng):
+        path = rng.choice(list(files))
+        path.write_bytes(damage(files[path], rng))
+        try:
+            if path.name == "state.pt":
+                train_vae.load_state(path, dict(model=torch.nn.Linear(2, 2)))
+            elif path.parent.name == "dit":
+                sample.load(str(path.parent), str(root / "vae"), torch.device("cpu"))
+            else:
+                SemanticVAE.from_pretrained(path.parent)
+        finally:
+            path.write_bytes(files[path])
+
+    return read
+
+
+def data_folders(root: Path):
+    from bench import noise_data
+
+    noise_data(root / "data", 0.005, ssl_dim=4, dim=2)
+    files = {path: path.read_bytes() for path in (root / "data" / "meta.json", root / "data" / "index.tsv")}
+
+    def read(rng):
+        path = rng.choice(list(files))
+        path.write_bytes(damage(files[path], rng))
+        try:
+            data = prepare.Data(root / "data", ("audio", "ssl", "latents"))
+            for i in range(len(data.clips)):
+                assert all(len(data.get(name, i)) == data.counts(name)[i] for name in ("audio", "ssl", "latents"))
+        finally:
+            path.write_bytes(files[path])
+
+    return read
+
+
+def texts(root: Path):
+    kinds = [(0x20, 0x7F), (0, 0x20), (0xA0, 0x250), (0x300, 0x370), (0x4E00, 0x9FFF), (0x2000, 0x2070), (0xD800, 0xE000), (0x1F300, 0x1FAFF), (0, 0x110000)]
+
+    def read(rng):
+        low, high = rng.choice(kinds)
+        text = "".join(chr(rng.randrange(low, high)) if rng.random() < 0.7 else rng.choice(" .,!?'\n") for _ in range(rng.choice((0, 1, 3, 20, 300))))
+        text = prepare.normalize_text(text, rng.choice(("raw", "plain")))
+        symbols = sample.to_bytes(text)
+        assert bytes(symbols.tolist()).decode() == text
+        evaluate.normalize(text)
+        limit = rng.randrange(1, 100)
+        assert all(len(piece.encode()) <= limit for piece in sample.split_text(text, limit))
+
+    return read
+
+
+def fuzz(root: Path, rng: random.Random, count: int = 10_000) -> int:
+    """`count` inputs for each reader; how many ended otherwise than they should."""
+    lost = 0
+    for make in (audio_files, manifests, lists, checkpoints, data_folders, texts):
+        folder = root / make.__name__
+        folder.mkdir()
+        progress, seed = folder / "progress", rng.randrange(1 << 30)
+
+        def work():
+            read, refused = make(folder), 0
+            signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("ten seconds")))
+            for i in range(count):
+                progress.write_text(f"{i} {refused}")
+                signal.alarm(10)
+                try:
+                    read(random.Random(f"{seed} {i}"))
+                except InputError:
+                    refused += 1
+            signal.alarm(0)
+            progress.write_text(f"{count} {refused}")
+
+        start = time.time()
+        _, status = os.waitpid(fork(work, folder / "log"), 0)
+        done, refused = map(int, progress.read_text().split())
+        lost += status != 0
+        trouble = f"; then status {status}:\n{(folder / 'log').read_text()[-2000:]}" if status else ""
+        print(f"  {make.__name__:<12} {done} inputs in {time.time() - start:.0f} s: {refused} refused, {done - refused} read{trouble}", flush=True)
+    return lost
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="kill, fuzz (default: both)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    lost = 0
+    for part in args.parts or ("kill", "fuzz"):
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{part}:", flush=True)
+            lost += globals()[part](Path(folder), random.Random(args.seed))
+    print(f"lost: {lost}")
+    sys.exit(lost > 0)
