@@ -12,8 +12,10 @@ all that the numbers depend on: without it they mean nothing. Interrupted and ru
 """
 
 import argparse
+import base64
 import csv
 import hashlib
+import html
 import io
 import json
 import shutil
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+import soundfile as sf
 import torch
 import torch.nn.functional as F
 import torchaudio
@@ -369,6 +372,112 @@ def read_records(work: Path, key: str) -> dict[tuple[str, str], dict]:
     return records
 
 
+# --------------------------------------------------------------------------------------------------------------
+# The report: one page that opens from disk, with nothing beside it.
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Semantic-VAE: report</title><style>
+:root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}img,audio{max-width:100%}img{background:#fff}
+.wide{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}
+.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem}figure{margin:0;min-width:0}small{overflow-wrap:anywhere}</style>"""
+
+
+def player(wave: np.ndarray, rate: int) -> str:
+    buffer = io.BytesIO()
+    sf.write(buffer, wave, rate, format="WAV", subtype="PCM_16")
+    return f'<audio controls preload="none" src="data:audio/wav;base64,{base64.b64encode(buffer.getvalue()).decode()}"></audio>'
+
+
+def picture(draw, width: float, height: float) -> str:
+    """draw(axes) as an image; nothing, if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return ""
+    figure, buffer = Figure((width, height), layout="constrained"), io.BytesIO()
+    draw(figure.subplots())
+    figure.savefig(buffer, format="png", dpi=110)
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def spectrogram(wave: np.ndarray):
+    from train_vae import stft_magnitude
+
+    level = 20 * stft_magnitude(torch.from_numpy(wave)[None], 512)[0].clamp(min=1e-4).log10()
+    return lambda axes: (axes.imshow(level, origin="lower", aspect="auto", vmin=-60, vmax=30), axes.set_axis_off())
+
+
+def curves(run: Path) -> str:
+    """Every column of a run's log.csv against its steps."""
+    rows, images = list(csv.DictReader(open(run / "log.csv", encoding="utf-8"))), []
+    for column in [c for c in rows[0] if c not in ("step", "seconds", "skipped")]:
+        points = [(int(r["step"]), float(r[column])) for r in rows if r[column]]
+        if points:
+            images.append(picture(lambda axes: (axes.plot(*zip(*points)), axes.set_title(column)), 3.2, 2.2))
+    return f'<div class="row">{"".join(images)}</div>'
+
+
+def heard_learning(run: Path) -> str:
+    """The training's fixed clips, evaluation after evaluation."""
+    clips = {}
+    for path in sorted((run / "samples").glob("*_*.wav")):
+        clips.setdefault(path.stem.split("_")[0], []).append(path)
+    players = lambda paths: "".join(f"<figure>{player(*sf.read(p, dtype='float32'))}<figcaption>{p.stem.split('_')[1]}</figcaption></figure>" for p in paths)
+    return "".join(f'<div class="row">{players([*paths[: -1 : max(1, len(paths) // 6)], paths[-1]])}</div>' for paths in list(clips.values())[:2])
+
+
+@torch.no_grad()
+def projection(vae: str, waves: list[np.ndarray], asr, device) -> str:
+    """Latent frames, each coloured by the letter that the (CTC) recogniser finds likeliest in it, in the plane that separates the letters' means best."""
+    model, latents, letters = SemanticVAE.from_pretrained(vae).to(device), [], []
+    names = asr.tokenizer.convert_ids_to_tokens(range(asr.model.config.vocab_size))
+    alphabet = torch.tensor([i for i, name in enumerate(names) if name and len(name) == 1 and name.isalpha()], device=device)
+    for wave in waves:
+        z = model.encode(torch.from_numpy(wave)[None].to(device))[0][0]  # [N, D]
+        logits = asr.model(**asr.extractor(wave, sampling_rate=16000, return_tensors="pt").to(device)).logits[0, :, alphabet]
+        letters.append(logits.argmax(-1)[torch.arange(len(z), device=device) * len(logits) // len(z)])
+        latents.append(z)
+    z, letters = torch.cat(latents), torch.cat(letters)
+    z = (z - z.mean(0)) / z.std(0)
+    common = letters.bincount().argsort(descending=True)[:10].tolist()
+    means = torch.stack([z[letters == i].mean(0) for i in common])
+    half, z1 = len(z) // 2, F.pad(z, (0, 1), value=1)
+    guess = z1[half:] @ torch.linalg.lstsq(z1[:half], F.one_hot(letters[:half], len(alphabet)).float()).solution
+    named = (guess.argmax(-1) == letters[half:]).float().mean().item()
+    x = (z @ torch.linalg.svd(means - means.mean(0))[2][:2].T).cpu()
+
+    def dots(axes):
+        for i in common:
+            axes.scatter(*x[(letters == i).cpu()].T, s=4, label=names[alphabet[i]])
+        axes.legend(markerscale=3, fontsize="small"), axes.set_axis_off()
+
+    return f"<figure>{picture(dots, 5, 5)}<figcaption>{html.escape(str(vae))}: a linear map fitted to half of the frames names the letters of {named:.1%} of the others</figcaption></figure>"
+
+
+def write_report(args, table: str, lines: list[Line], records: dict, rebuild, asr, device) -> None:
+    escape, parts = html.escape, [PAGE, f'<h1>Report</h1><div class="wide">{table}</div>']
+    if not picture(lambda axes: None, 1, 1):
+        print("matplotlib is not installed: the report has no pictures (pip install matplotlib)")
+    for line in lines[: args.report_clips]:
+        waves = dict(prompt=read_audio(find_audio(args.audio, line.ref), 16000))
+        waves |= dict(original=read_audio(find_audio(args.audio, line.gen), 16000)) if not args.no_original or rebuild else {}
+        if rebuild:
+            wave = rebuild[0](read_audio(find_audio(args.audio, line.gen), rebuild[1]))[0]
+            waves["reconstruction"] = torchaudio.functional.resample(torch.from_numpy(wave), rebuild[1], 16000).numpy()
+        if args.generated:
+            waves["synthesis"] = read_audio(args.generated / line.wav, 16000)
+        heard = lambda system: f": “{escape(records[system, line.gen]['hypothesis'])}”" if (system, line.gen) in records else ""
+        figures = "".join(f"<figure>{picture(spectrogram(w), 3.2, 1.6)}{player(w, 16000)}<figcaption>{name}{heard(name)}</figcaption></figure>" for name, w in waves.items())
+        parts.append(f'<h2>{escape(line.text)}</h2><div class="row">{figures}</div>')
+    vaes = [v for v in (args.reconstruct, args.compare) if v]
+    if vaes and not asr.whisper:
+        originals = [read_audio(find_audio(args.audio, line.gen), 16000) for line in lines[:40]]
+        parts.append(f'<h2>Latents, coloured by the letter heard</h2><div class="row">{"".join(projection(v, originals, asr, device) for v in vaes)}</div>')
+    for run in args.runs:
+        parts.append(f"<h2>{escape(str(run))}</h2>{curves(run) if (run / 'log.csv').exists() else ''}{heard_learning(run)}")
+    write_atomic(args.report / "index.html", lambda p: p.write_text("".join(parts), encoding="utf-8"))
+    print(f"{args.report / 'index.html'}: open it in a browser")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", type=Path, help="what was said: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated (default: the demo's)")
@@ -379,6 +488,10 @@ def parse_args(argv=None):
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser: hub id or folder, Whisper or CTC (default: the demo's; the paper's is openai/whisper-large-v3)")
     parser.add_argument("--sim", default=str(DEMO / "sv"), help="speaker model: hub id or folder of x-vectors, or wavlm_large_finetune.pth for the papers' SIM-o (default: the demo's)")
     parser.add_argument("--squim", action="store_true", help="also estimate STOI and PESQ by torchaudio's SQUIM, whose weights it downloads")
+    parser.add_argument("--report", type=Path, help="also write a page to this folder: players, spectrograms, scores, curves, latents")
+    parser.add_argument("--report-clips", type=int, default=6, help="utterances on that page (default %(default)s)")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders whose log.csv and samples/ it shows (default: the demo's)")
+    parser.add_argument("--compare", metavar="VAE", help="another VAE, whose latents it shows beside those of --reconstruct")
     parser.add_argument("--limit", type=int, help="at most so many lines of the list")
     parser.add_argument("--dry-run", action="store_true", help="only look whether every file is there")
     parser.add_argument("--out", type=Path, default=Path("runs/scores.csv"), help="one line an utterance (default %(default)s)")
@@ -386,6 +499,7 @@ def parse_args(argv=None):
     if not args.list:  # the demo's table
         args.list = DEMO / "corpus" / "test.lst"
         args.generated, args.reconstruct = args.generated or Path("runs/samples"), args.reconstruct or str(DEMO / "vae")
+        args.runs = args.runs or [DEMO / "vae", DEMO / "tts"]
     args.audio = args.audio or args.list.parent
     return args
 
@@ -395,8 +509,8 @@ COLUMNS = {  # of the table: heading, factor
     "si_sdr": ("SI-SDR dB", 1), "stoi": ("STOI est.", 1), "pesq": ("PESQ est.", 1)}  # fmt: skip
 
 
-def show_table(systems: list[str], records: list[dict]) -> None:
-    """One row a system, one column a score that any of them has."""
+def make_table(systems: list[str], records: list[dict]) -> list[list[str]]:
+    """A heading, then one row a system, with one column a score that any of them has."""
     cells = {}
     for system in systems:
         rows = [r for r in records if r["system"] == system]
@@ -409,10 +523,7 @@ def show_table(systems: list[str], records: list[dict]) -> None:
                 low_high = " [{:.{d}f}, {:.{d}f}]".format(*interval(values), d=digits) if column in ("wer", "sim") else ""
                 cells[system, column] = f"{np.mean(values):.{digits}f}{low_high}"
     shown = [c for c in COLUMNS if any((system, c) in cells for system in systems)]
-    table = [["system", *(COLUMNS[c][0] for c in shown)], *([system, *(cells.get((system, c), "") for c in shown)] for system in systems)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+    return [["system", *(COLUMNS[c][0] for c in shown)], *([system, *(cells.get((system, c), "") for c in shown)] for system in systems)]
 
 
 def main(argv=None):
@@ -463,8 +574,14 @@ def main(argv=None):
     writer.writeheader(), writer.writerows(records)
     write_atomic(args.out, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
     shutil.rmtree(work)
-    show_table(systems, records)
-    print(f"signature: n={len(lines)} {signature}; each utterance in {args.out}")
+    table, signature = make_table(systems, records), f"signature: n={len(lines)} {signature}"
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+    print(f"{signature}; each utterance in {args.out}")
+    if args.report:
+        rows = "".join(f"<tr>{''.join(f'<t{kind}>{html.escape(cell)}</t{kind}>' for cell in row)}</tr>" for kind, row in zip(["h", *"d" * len(systems)], table))
+        write_report(args, f"<table>{rows}</table><p><small>{html.escape(signature)}</small></p>", lines, found, rebuild, asr, device)
 
 
 if __name__ == "__main__":

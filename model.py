@@ -510,7 +510,8 @@ class AlignmentHead(nn.Module):
 def alignment_loss(z, target, valid=None):
     """−cos(z, target) over the features, mean over the valid frames, mean over the batch (the paper's alignment loss).
 
-    z is the *sampled* latent [B, N, D], target the head's output, valid [B, N] marks real frames (all, if None)."""
+    z is the *sampled* latent [B, N, D], target the head's output, valid [B, N] marks real frames (all, if None). Both sides
+    move: the gradient reaches the encoder through z and the head through target; the SSL model is frozen."""
     cosine = F.cosine_similarity(z, target, dim=-1)  # [B, N]
     if valid is None:
         return -cosine.mean()

@@ -184,4 +184,4 @@ def test_sim(tmp_path, fails):
         torch.save({"model": {k: v for k, v in weights.items() if k != missing}}, path)
         fails(lambda argv: evaluate.SIMo(argv[0], torch.device("cpu")), [path], "does not hold the weights")
     path.write_bytes(path.read_bytes()[:1000])
-    fails(lambda argv: evaluate.SIMo(argv[0], torch.device("cpu")), [path], "cannot read the speaker model")
+    fails(lambda argv: evaluate.SIMo(argv[0], torch.device("cpu")), [path], "cannot read", "wavlm_large_finetune.pth")

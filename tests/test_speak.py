@@ -1,9 +1,14 @@
 """sample.py and evaluate.py: the prompt's check, lengths, lists, scores, signature, bad input; and the README's commands."""
 
+import base64
+import io
 import json
 import re
 import shlex
 import shutil
+import sys
+
+from unittest.mock import MagicMock
 
 import jiwer
 import numpy as np
@@ -211,6 +216,32 @@ def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch, capsys):
     assert len(calls) == 7 and not list(tmp_path.glob("dry*"))
 
 
+def test_report_is_one_page_with_everything_inside(world, tmp_path, monkeypatch, capsys):
+    """Every player holds a recording, nothing is fetched from anywhere, and without matplotlib one line says what is missing."""
+    generated = tmp_path / "said"
+    sample.main(["--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--out", str(generated), "--steps", "1"])
+    args = ["--list", world.corpus / "test.lst", "--generated", generated, "--reconstruct", world.vae, "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv",
+            "--report", tmp_path / "report", "--runs", world.vae, world.tts]  # fmt: skip
+
+    class Figure:
+        def __init__(self, size, layout):
+            self.subplots = MagicMock()
+
+        def savefig(self, buffer, **options):
+            buffer.write(b"PNG")
+
+    for module, pictures in ((None, False), (MagicMock(Figure=Figure), True)):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+        evaluate.main([str(a) for a in args])
+        page, said = (tmp_path / "report" / "index.html").read_text(), capsys.readouterr().out
+        assert ("matplotlib is not installed" in said) is not pictures and page.count("<img") >= 20 * pictures
+        sources = re.findall(r'src="([^"]*)"', page)
+        assert all(source.startswith("data:") for source in sources) and "http" not in page
+        recordings = [base64.b64decode(s.split(",")[1]) for s in sources if s.startswith("data:audio/wav")]
+        assert len(recordings) >= 3 * 4 + 4 and all(sf.info(io.BytesIO(r)).frames > 0 for r in recordings)
+        assert "by the river" in page and "signature: n=3" in page and "<th>Whisper-norm. WER %</th>" in page
+
+
 def test_squim(world, tmp_path, monkeypatch, capsys, fails):
     args = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--squim", "--limit", 1]
 
@@ -297,6 +328,16 @@ def readme_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
     return [c.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() for c in line.split("&&") if c.strip() and not c.strip().startswith("#")]
+
+
+def test_every_readme_link_leads_somewhere():
+    """Links and file names of both READMEs that point into the repository."""
+    for page in (ROOT / "README.md", ROOT / "demo" / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+        assert links and all((page.parent / link).exists() for link in links), links
+    named = re.findall(r"`((?:tests/|demo/)?\w+\.(?:py|md|txt))`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 10 and all((ROOT / name).exists() or (ROOT / "tests" / name).exists() for name in named)
 
 
 def test_every_readme_command_runs(world, tmp_path, monkeypatch):
