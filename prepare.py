@@ -19,7 +19,6 @@ Killed at any moment and run again, it continues and ends with the same bytes.
 import argparse
 import csv
 import datetime
-import fcntl
 import hashlib
 import json
 import math
@@ -43,6 +42,11 @@ import torchaudio
 from tqdm import tqdm
 
 from model import InputError, LogMel, SemanticVAE, read_json, write_atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -119,11 +123,14 @@ def lock(folder: Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            print(f"this system has no file locks: start no second command that writes to {folder}")
     except BlockingIOError:
         file.seek(0)
         if not (owner := file.read().strip()).startswith(f"process {os.getpid()} on {platform.node()},"):
-            raise InputError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None
+            raise InputError(f"{folder} is in use by {owner or 'another process'}: wait for it, or choose another --out") from None
         return file
     except OSError as e:
         raise InputError(f"cannot write in {folder}: {e}") from e

@@ -29,7 +29,7 @@ from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss
 from prepare import DEMO, Data, Stop, cli, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
-from train_vae import Log, Means, compiled, first_bad, guarded_step, load_state, peak_memory, read_args, save_args, save_run, stopped_at, update_ema
+from train_vae import Log, Means, compiled, first_bad, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
 
 # --------------------------------------------------------------------------------------------------------------
 # Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.
@@ -317,8 +317,8 @@ def main(argv=None):
         # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
         done, last, stopped = step + 1, step + 1 == args.steps, stop.agreed()
         logging, evaluating = done == 1 or done % args.log_every == 0 or last, done == 1 or done % args.eval_every == 0 or last
-        if rank == 0 and step == first:
-            tqdm.write(peak_memory(device))
+        if device.type == "cuda" and rank == 0 and step == first:
+            tqdm.write(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB with the largest micro-batch of the first steps")
         if logging:
             means.report_skipped(done, 1, heard_at)
             row = means.read(world)

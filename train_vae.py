@@ -16,7 +16,6 @@ import csv
 import json
 import math
 import os
-import resource
 import shutil
 import time
 from fractions import Fraction
@@ -365,12 +364,6 @@ def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
         return module
 
 
-def peak_memory(device) -> str:
-    """Largest so far: on the GPU, or of this process."""
-    gigabytes = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return f"peak memory after a step: {gigabytes:.1f} GB{' of the GPU' if device.type == 'cuda' else ''}"
-
-
 def first_bad(parts: list[torch.Tensor]) -> torch.Tensor:
     """Which of a step's micro-batches was the first whose loss is not finite (0, if none)."""
     return torch.stack(parts).isfinite().float().argmin()
@@ -604,8 +597,8 @@ def main(argv=None):
         # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
         done, last, stopped = step + 1, step + 1 == args.steps, stop.agreed()
         logging, evaluating = done == 1 or done % args.log_every == 0 or last, done % args.eval_every == 0 or last
-        if rank == 0 and step == first:
-            tqdm.write(peak_memory(device))  # every step's, since all batches are alike
+        if device.type == "cuda" and rank == 0 and step == first:
+            tqdm.write(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, in every step: all batches are alike")
         if logging:
             means.report_skipped(done, accumulate, heard_at)
             row = means.read(world)
