@@ -438,7 +438,7 @@ def projection(vae: str, waves: list[np.ndarray], asr, device) -> str:
         latents.append(z)
     z, letters = torch.cat(latents), torch.cat(letters)
     z = (z - z.mean(0)) / z.std(0)
-    common = letters.bincount().argsort(descending=True)[:10].tolist()
+    common = [i for i in letters.bincount().argsort(descending=True)[:10].tolist() if (letters == i).any()]
     means = torch.stack([z[letters == i].mean(0) for i in common])
     half, z1 = len(z) // 2, F.pad(z, (0, 1), value=1)
     guess = z1[half:] @ torch.linalg.lstsq(z1[:half], F.one_hot(letters[:half], len(alphabet)).float()).solution
