@@ -395,7 +395,7 @@ def make_index(clips, args, out: Path, rank: int, world: int) -> None:
     line = lambda name, path, speaker, text, split, samples: f"{name}\t{split or 'train'}\t{speaker}\t{samples}\t{normalize_text(text, args.text)}\n"
     write_atomic(out / "index.tsv", lambda p: p.write_text("id\tsplit\tspeaker\tsamples\ttext\n" + "".join(line(*c) for c in kept), encoding="utf-8"))
     total = sum(c[5] for c in kept)
-    meta = dict(format=1, sample_rate=args.sample_rate, text=args.text, teacher=args.ssl, sources=[str(s) for s in args.source], clips=len(kept),
+    meta = dict(format=1, sample_rate=args.sample_rate, text=args.text, teacher=args.ssl, layer=args.layer, sources=[str(s) for s in args.source], clips=len(kept),
                 hours=round(total / args.sample_rate / 3600, 4), speakers=len({c[2] for c in kept}), dropped=len(dropped),
                 max_seconds=round(max(c[5] for c in kept) / args.sample_rate, 3))  # fmt: skip
     write_atomic(out / "index.json", lambda p: p.write_text(json.dumps(meta)))  # becomes meta.json when the audio is there
@@ -685,7 +685,9 @@ def main(argv=None):
                 make_index(clips, args, out, rank, world)
                 barrier()
             fill_audio(clips, args, out, rank, world)
-    args.ssl = args.ssl or Data(out).meta["teacher"]  # interrupted before the features were there? go on
+    if not args.ssl:  # a folder that is added to, or whose features were interrupted: what it was begun with
+        meta = Data(out).meta
+        args.ssl, args.layer = meta["teacher"], meta.get("ssl", meta).get("layer", -1)
     if args.ssl != "none":
         fill_ssl(args, out, rank, world, device)
     if args.vae:

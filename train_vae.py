@@ -259,7 +259,7 @@ def save_args(args) -> None:
 
 
 def load_state(path: Path, modules: dict) -> dict:
-    """What save_state wrote: loads the weights and optimisers, and returns the state."""
+    """What save_run wrote: loads weights and optimisers, returns the rest."""
     try:
         state = load_torch(path)
         for name, module in modules.items():
@@ -270,7 +270,7 @@ def load_state(path: Path, modules: dict) -> dict:
 
 
 def save_run(out: Path, step: int, model, notes: dict, modules: dict, means: dict, keep: int) -> None:
-    """The averaged weights for sampling, all that --resume needs, and `keep` older averages as out/step0000000."""
+    """The averaged weights for sampling, also as out/step0005000 where the last `keep` of them stay, and all that --resume needs."""
     model.save_pretrained(out, **notes, step=step)
     if keep:
         vae = dict(vae=os.path.join("..", notes["vae"])) if (out / notes.get("vae", "/nowhere")).is_dir() else {}
