@@ -245,6 +245,21 @@ def test_a_decoder_trained_alone_keeps_the_latents(world, tmp_path):
     assert json.loads((data / "meta.json").read_text())["latents"]["vae"] == str(tmp_path) and (data / "latents.bin").stat().st_mtime_ns == latents
 
 
+def test_stages_that_do_not_fit_are_refused_and_both_named(world, tmp_path, fails):
+    """Sample rate and text; widths, hops, teachers and hashes are refused in the tests around this one."""
+    other = VAEConfig(sample_rate=24000, encoder_dim=4, latent_dim=8, decoder_dim=64, resblock_kernels=(3,), ssl_dim=32)
+    SemanticVAE(other).save_pretrained(tmp_path / "vae24")
+    shutil.copytree(world.data, tmp_path / "data")
+    fails(prepare.main, ["--out", tmp_path / "data", "--vae", tmp_path / "vae24"], "vae24 works at 24000 Hz", "data holds 16000 Hz")
+    fails(train_vae.main, VAE(world, tmp_path / "run") + ["--init", str(tmp_path / "vae24")], "works at 24000 Hz", "holds 16000 Hz")
+    for name, value, own in (("text", "raw", "plain"), ("sample_rate", 8000, 16000)):
+        shutil.copytree(world.tts, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["config"][name] = value
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        fails(train_tts.main, TTS(world, tmp_path / "run") + ["--init", str(tmp_path / name)], f"was trained with {name} {value}", f"has {own}")
+
+
 def test_compile_that_cannot_run_says_so_and_goes_on(world, tmp_path, monkeypatch, capsys):
     def broken(module, **options):
         raise RuntimeError("Cannot find a working triton installation")
