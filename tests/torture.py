@@ -5,7 +5,7 @@ kill: prepare, both trainings, sample --list and evaluate are killed (SIGKILL) a
 fuzz: thousands of damaged recordings, manifests, lists, checkpoints, data folders and texts: each gives a result or the one clean error,
       never another exception, a crash, a hang, or a file name outside the output folder.
 
-Not a test: pytest does not collect it (some ten minutes). Prints what was tried; exits with 1 if anything was lost."""
+Not a test: pytest does not collect it (some seven minutes). Prints what was tried; exits with 1 if anything was lost."""
 
 import argparse
 import csv
