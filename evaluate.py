@@ -13,14 +13,16 @@ all that the numbers depend on: without it they mean nothing. Interrupted and ru
 
 import argparse
 import base64
+import contextlib
 import csv
-import hashlib
+import functools
 import html
 import io
 import json
 import shutil
 import string
 import unicodedata
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from model import InputError, SemanticVAE, load_torch, read_json, write_atomic
-from prepare import DEMO, barrier, cli, lock, read_audio, start_ranks, weights_hash
+from prepare import DEMO, barrier, cli, from_hub, lock, read_audio, resample, revision, start_ranks
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,10 @@ class Line:
 
 def read_list(path: Path) -> list[Line]:
     """ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated, as F5-TTS publishes it."""
-    if not path.is_file():
-        raise InputError(f"no list {path}")
     try:
         rows = [row.split("\t") for row in path.read_text(encoding="utf-8-sig").splitlines() if row.strip()]
         lines = [Line(ref, float(a), ref_text.strip(), gen, float(b), text.strip()) for ref, a, ref_text, gen, b, text in rows]
-    except (UnicodeDecodeError, ValueError) as e:
+    except (OSError, ValueError) as e:
         raise InputError(f"{path} is not a list of six tab-separated columns ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text: {e}") from e
     if any("\0" in line.gen + line.ref for line in lines):
         raise InputError(f"{path} has a file name with a null byte")
@@ -79,7 +79,7 @@ def find_audio(root: Path, name: str) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise InputError(f"no recording {name} in {root} (looked for {places[0].name} and {places[1].relative_to(root)})")
+    raise InputError(f"no recording {name} in {root} (looked for {', '.join(map(str, places))})")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -111,46 +111,28 @@ def si_sdr(estimate: torch.Tensor, target: torch.Tensor) -> float:
     return 10 * ((projection @ projection) / (estimate - projection).square().sum()).log10().item()
 
 
-def identity(name: str, config) -> str:
-    """NAME@REVISION of a hub model, FOLDER@sha256:… of a local one."""
-    local = Path(name).is_dir()
-    return f"{Path(name).name if local else name}@{weights_hash(Path(name)) if local else config._commit_hash}"
-
-
-def from_hub(what: str, name: str, loaders):
-    """Load with each of transformers' Auto classes in turn; failing is an InputError that says what was asked for."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        return [load.from_pretrained(name) for load in loaders]
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}") from e
+def identity(name: str, config=None) -> str:
+    """NAME@REVISION of a hub model, NAME@sha256:… of a local folder or file."""
+    return f"{Path(name).name if Path(name).exists() else name}@{revision(name, config)}"
 
 
 class Recognizer:
     """A Hugging Face speech recogniser, Whisper or CTC, by id or folder."""
 
     def __init__(self, name: str, device):
-        from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoTokenizer
         from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-        (config,) = from_hub("recogniser", name, [AutoConfig])
+        (config,) = from_hub("recogniser", name, "Config")
         self.whisper = config.model_type == "whisper"
-        model = AutoModelForSpeechSeq2Seq if self.whisper else AutoModelForCTC
-        model, self.extractor, self.tokenizer = from_hub("recogniser", name, [model, AutoFeatureExtractor, AutoTokenizer])
-        self.model, self.device = model.float().to(device).eval(), device
-        self.identity = identity(name, config)
+        model, self.extractor, self.tokenizer = from_hub("recogniser", name, "ModelForSpeechSeq2Seq" if self.whisper else "ModelForCTC", "FeatureExtractor", "Tokenizer")
+        self.model, self.device, self.identity = model.float().to(device).eval(), device, identity(name, config)
         self.whisper_normalize = EnglishTextNormalizer(getattr(self.tokenizer, "english_spelling_normalizer", None) or {})  # the map of spellings is Whisper's
 
     @torch.no_grad()
     def __call__(self, wave: np.ndarray, rate: int = 16000) -> str:
         """float32 audio [T] → text; Whisper by beam search of width 5, in English."""
         wanted = self.extractor.sampling_rate
-        if rate != wanted:
-            wave = torchaudio.functional.resample(torch.from_numpy(wave), rate, wanted).numpy()
-        inputs = self.extractor(wave, sampling_rate=wanted, return_tensors="pt").to(self.device)
+        inputs = self.extractor(resample(wave, rate, wanted), sampling_rate=wanted, return_tensors="pt").to(self.device)
         if self.whisper:
             english = {} if self.model.generation_config.to_dict().get("is_multilingual") is False else dict(language="en", task="transcribe")
             ids = self.model.generate(inputs.input_features, num_beams=5, **english)[0]
@@ -163,20 +145,14 @@ class SpeakerModel:
     """A Hugging Face x-vector model, by id or folder. Its similarity is the cosine of two recordings' embeddings."""
 
     def __init__(self, name: str, device):
-        from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioXVector
-
-        config, self.extractor, model = from_hub("speaker model", name, [AutoConfig, AutoFeatureExtractor, AutoModelForAudioXVector])
-        self.model, self.device, self.identity = model.float().to(device).eval(), device, identity(name, config)
+        self.extractor, model = from_hub("speaker model", name, "FeatureExtractor", "ModelForAudioXVector")
+        self.model, self.device, self.identity = model.float().to(device).eval(), device, identity(name, model.config)
 
     @torch.no_grad()
-    def __call__(self, wave: np.ndarray, rate: int = 16000) -> np.ndarray:
-        """float32 audio [T] → unit vector."""
-        wanted = self.extractor.sampling_rate
-        if rate != wanted:
-            wave = torchaudio.functional.resample(torch.from_numpy(wave), rate, wanted).numpy()
-        inputs = self.extractor(wave, sampling_rate=wanted, return_tensors="pt").to(self.device)
-        vector = self.model(inputs.input_values).embeddings[0].cpu().numpy()
-        return vector / np.linalg.norm(vector)
+    def __call__(self, wave: np.ndarray) -> np.ndarray:
+        """float32 audio [T] at 16 kHz → unit vector."""
+        inputs = self.extractor(wave, sampling_rate=16000, return_tensors="pt").to(self.device)
+        return F.normalize(self.model(inputs.input_values).embeddings, dim=-1)[0].cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -185,9 +161,9 @@ class SpeakerModel:
 
 
 class ConvReluNorm(nn.Module):
-    def __init__(self, inputs: int, outputs: int, kernel: int, padding: int = 0):
+    def __init__(self, inputs: int, outputs: int, kernel: int):
         super().__init__()
-        self.conv, self.bn = nn.Conv1d(inputs, outputs, kernel, padding=padding), nn.BatchNorm1d(outputs)
+        self.conv, self.bn = nn.Conv1d(inputs, outputs, kernel, padding="same"), nn.BatchNorm1d(outputs)
 
     def forward(self, x):
         return self.bn(F.relu(self.conv(x)))
@@ -227,7 +203,7 @@ class ECAPA(nn.Module):
     def __init__(self, features: int, states: int = 25, channels: int = 512):
         super().__init__()
         self.feature_weight = nn.Parameter(torch.zeros(states))
-        self.layer1 = ConvReluNorm(features, channels, 5, padding=2)
+        self.layer1 = ConvReluNorm(features, channels, 5)
         self.layer2, self.layer3, self.layer4 = (SERes2Block(channels, dilation) for dilation in (2, 3, 4))
         self.conv = nn.Conv1d(3 * channels, 3 * channels, 1)
         self.pooling = nn.ModuleDict(dict(linear1=nn.Conv1d(3 * channels, 128, 1), linear2=nn.Conv1d(128, 3 * channels, 1)))
@@ -250,45 +226,34 @@ class ECAPA(nn.Module):
 class SIMo:
     """The scorer from its file, {"model": weights}, alone. Every weight must find its place, but for the classifier of its training."""
 
-    # transformers' names of WavLM's parts, by the ones in the file
-    NAMES = {"mask_emb": "masked_spec_embed", "post_extract_proj": "feature_projection.projection", "encoder.pos_conv.0": "encoder.pos_conv_embed.conv",
-             "weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1", "self_attn_layer_norm": "layer_norm", "self_attn": "attention",
-             "grep_linear": "gru_rel_pos_linear", "grep_a": "gru_rel_pos_const", "relative_attention_bias": "rel_attn_embed",
-             "fc1": "feed_forward.intermediate_dense", "fc2": "feed_forward.output_dense"}  # fmt: skip
+    NAMES = {  # of WavLM's parts: in the file, in transformers
+        "feature_extract.model.layer_norm": "feature_projection.layer_norm", "feature_extract.model.": "", "mask_emb": "masked_spec_embed",
+        "post_extract_proj": "feature_projection.projection", "encoder.pos_conv.0": "encoder.pos_conv_embed.conv", ".0.weight": ".conv.weight", ".2.1.": ".layer_norm.",
+        "self_attn_layer_norm": "layer_norm", "self_attn": "attention", "grep_linear": "gru_rel_pos_linear", "grep_a": "gru_rel_pos_const",
+        "relative_attention_bias": "rel_attn_embed", "fc1": "feed_forward.intermediate_dense", "fc2": "feed_forward.output_dense"}  # fmt: skip
 
     def __init__(self, path: str, device):
         from transformers import WavLMConfig, WavLMModel
 
-        weights = load_torch(Path(path)).get("model", {})
-        unused = [k for k in weights if k.startswith("loss_calculator.") or k.endswith("num_batches_tracked")]
-        weights = {k: v for k, v in weights.items() if k not in unused}
-        shape = lambda name: weights[f"feature_extract.model.{name}"].shape
         try:
-            convs = [shape(f"feature_extractor.conv_layers.{i}.0.weight") for i in range(7)]
-            (width, narrow), kernel, heads = shape("post_extract_proj.weight"), shape("encoder.pos_conv.0.weight_v"), shape("encoder.layers.0.self_attn.grep_a")[1]
-            layers = sum(k.endswith("self_attn.grep_a") for k in weights)
-            config = WavLMConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=len(weights["feature_extract.model.encoder.layers.0.fc1.bias"]),
-                                 conv_dim=[c[0] for c in convs], conv_kernel=[c[2] for c in convs], feat_extract_norm="layer", do_stable_layer_norm=True, num_conv_pos_embeddings=kernel[2],
-                                 num_conv_pos_embedding_groups=width // kernel[1], num_buckets=len(weights["feature_extract.model.encoder.layers.0.self_attn.relative_attention_bias.weight"]))  # fmt: skip
-            wavlm, ecapa = WavLMModel(config), ECAPA(width, layers + 1)
-            wavlm.load_state_dict({self.rename(k.removeprefix("feature_extract.model.")): v for k, v in weights.items() if k.startswith("feature_extract.")})
-            counters = {k: v for k, v in ecapa.state_dict().items() if k.endswith("num_batches_tracked")}
-            ecapa.load_state_dict({k: v for k, v in weights.items() if not k.startswith("feature_extract.")} | counters)
+            front, head = {}, {}
+            for name, value in load_torch(Path(path))["model"].items():
+                if name.startswith("feature_extract."):
+                    for theirs, ours in self.NAMES.items():
+                        name = name.replace(theirs, ours)
+                    front[name] = value
+                elif not name.startswith("loss_calculator."):  # the classifier of its training
+                    head[name] = value
+            width, narrow = front["feature_projection.projection.weight"].shape
+            heads, inner = front["encoder.layers.0.attention.gru_rel_pos_const"].shape[1], len(front["encoder.layers.0.feed_forward.intermediate_dense.bias"])
+            config = WavLMConfig(hidden_size=width, conv_dim=[narrow] * 7, num_hidden_layers=len(head["feature_weight"]) - 1, num_attention_heads=heads, intermediate_size=inner,
+                                 feat_extract_norm="layer", do_stable_layer_norm=True)  # fmt: skip
+            self.wavlm, self.ecapa, self.device = WavLMModel(config).eval().to(device), ECAPA(width, len(head["feature_weight"])).eval().to(device), device
+            self.wavlm.load_state_dict(front)
+            self.ecapa.load_state_dict(head)
         except (KeyError, RuntimeError) as e:
             raise InputError(f"{path} does not hold the weights of WavLM and ECAPA-TDNN: {' '.join(str(e).split())[:300]}") from e
-        self.wavlm, self.ecapa, self.device = wavlm.eval().to(device), ecapa.eval().to(device), device
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-        self.identity = f"{Path(path).name}@sha256:{digest}"
-
-    def rename(self, name: str) -> str:
-        """A parameter of WavLM, from the file's name to transformers'."""
-        if name.startswith("feature_extractor."):
-            return name.replace(".0.weight", ".conv.weight").replace(".2.1.", ".layer_norm.")
-        if name.startswith("layer_norm."):
-            return "feature_projection." + name
-        for theirs, ours in self.NAMES.items():
-            name = name.replace(theirs, ours)
-        return name
+        self.identity = identity(path)
 
     @torch.no_grad()
     def states(self, waves):
@@ -297,29 +262,28 @@ class SIMo:
         return [*out.hidden_states[:-1], out.last_hidden_state]
 
     @torch.no_grad()
-    def __call__(self, wave: np.ndarray, rate: int = 16000) -> np.ndarray:
-        """float32 audio [T] → unit vector."""
-        wave = torch.from_numpy(wave) if rate == 16000 else torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000)
-        return F.normalize(self.ecapa(self.states(wave[None].to(self.device))), dim=-1)[0].cpu().numpy()
+    def __call__(self, wave: np.ndarray) -> np.ndarray:
+        """float32 audio [T] at 16 kHz → unit vector."""
+        return F.normalize(self.ecapa(self.states(torch.from_numpy(wave)[None].to(self.device))), dim=-1)[0].cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------------------
 
 
 def reconstructor(folder: str, device):
-    """(function wave → (decoded posterior mean, its distances to the wave), its sample rate, its name)."""
+    """(function path → (decoded posterior mean at 16 kHz, its distances to the recording), the VAE's name)."""
     from train_vae import MelDistance, stft_distance
 
     vae = SemanticVAE.from_pretrained(folder).to(device)
-    mel = MelDistance(vae.config.sample_rate).to(device)
+    rate, mel = vae.config.sample_rate, MelDistance(vae.config.sample_rate).to(device)
 
     @torch.no_grad()
-    def reconstruct(wave):
-        x = torch.from_numpy(wave)[None].to(device)
+    def reconstruct(path):
+        x = torch.from_numpy(read_audio(path, rate))[None].to(device)
         y = vae.decode(vae.encode(x)[0], x.shape[-1])
-        return y[0].cpu().numpy(), dict(mel=mel(y, x).item(), stft=stft_distance(y, x).item(), si_sdr=si_sdr(y[0], x[0]))
+        return resample(y[0].cpu().numpy(), rate, 16000), dict(mel=mel(y, x).item(), stft=stft_distance(y, x).item(), si_sdr=si_sdr(y[0], x[0]))
 
-    return reconstruct, vae.config.sample_rate, vae.content_hash()
+    return reconstruct, vae.content_hash()
 
 
 def squim(device):
@@ -337,36 +301,31 @@ def squim(device):
     return estimate
 
 
-def score(system: str, line: Line, args, asr, sim, rebuild, quality) -> dict:
-    """The record of one utterance."""
-    rate, more = 16000, {}
+def recording(system: str, line: Line, args, rebuild) -> tuple[np.ndarray, dict]:
+    """The wave of one row's utterance at 16 kHz and, of a reconstruction, its distances to the original."""
     if system == "synthesis":
-        wave = read_audio(args.generated / line.wav, rate)
-    elif system == "original":
-        wave = read_audio(find_audio(args.audio, line.gen), rate)
-    else:
-        reconstruct, vae_rate, _ = rebuild
-        wave, more = reconstruct(read_audio(find_audio(args.audio, line.gen), vae_rate))
-        wave = torchaudio.functional.resample(torch.from_numpy(wave), vae_rate, rate).numpy()
+        return read_audio(args.generated / line.wav, 16000), {}
+    path = find_audio(args.audio, line.gen)
+    return rebuild[0](path) if system == "reconstruction" else (read_audio(path, 16000), {})
+
+
+def score(system: str, line: Line, args, asr, sim, voice, rebuild, quality) -> dict:
+    """The record of one utterance; voice(path) is a prompt's embedding."""
+    wave, more = recording(system, line, args, rebuild)
     if not np.isfinite(wave).all():
         raise InputError(f"{line.wav} holds non-finite samples")
-    if not (reference := normalize(line.text)):
-        raise InputError(f"the text of {line.gen} is empty once punctuation is removed")
-    hypothesis = asr(wave, rate)
+    reference, hypothesis = normalize(line.text), asr(wave)
     wer, wer_whisper = jiwer.wer(reference, normalize(hypothesis)), jiwer.wer(asr.whisper_normalize(line.text) or reference, asr.whisper_normalize(hypothesis))
-    similarity = float(sim(wave, rate) @ sim(read_audio(find_audio(args.audio, line.ref), rate)))
+    similarity = float(sim(wave) @ voice(find_audio(args.audio, line.ref)))
     return dict(system=system, utterance=line.gen, wer=wer, wer_whisper=wer_whisper, sim=similarity, **more, **(quality(wave) if quality else {}), reference=line.text, hypothesis=hypothesis)
 
 
 def read_records(work: Path, key: str) -> dict[tuple[str, str], dict]:
     """By system and utterance: what ranks have scored so far with the same settings, `key`."""
     records = {}
-    for path in work.glob("*.jsonl"):
-        for text in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                made_with, record = json.loads(text)
-            except ValueError:  # blank, or cut off by a crash
-                continue
+    for text in (text for path in work.glob("*.jsonl") for text in path.read_text(encoding="utf-8").split("\n")):
+        with contextlib.suppress(ValueError):  # blank, or cut off by a crash
+            made_with, record = json.loads(text)
             if made_with == key:
                 records[record["system"], record["utterance"]] = record
     return records
@@ -408,8 +367,9 @@ def spectrogram(wave: np.ndarray):
 
 def curves(run: Path) -> str:
     """Every column of a run's log.csv against its steps."""
-    rows, images = list(csv.DictReader(open(run / "log.csv", encoding="utf-8"))), []
-    for column in [c for c in rows[0] if c not in ("step", "seconds", "skipped")]:
+    rows, images = csv.DictReader(open(run / "log.csv", encoding="utf-8")), []
+    columns, rows = rows.fieldnames or [], list(rows)
+    for column in [c for c in columns if c not in ("step", "seconds", "skipped")]:
         points = [(int(r["step"]), float(r[column])) for r in rows if r[column]]
         if points:
             images.append(picture(lambda axes: (axes.plot(*zip(*points)), axes.set_title(column)), 3.2, 2.2))
@@ -426,14 +386,15 @@ def heard_learning(run: Path) -> str:
 
 
 @torch.no_grad()
-def projection(vae: str, waves: list[np.ndarray], asr, device) -> str:
+def projection(vae: str, recordings: list[Path], asr, device) -> str:
     """Latent frames, each coloured by the letter that the (CTC) recogniser finds likeliest in it, in the plane that separates the letters' means best."""
     model, latents, letters = SemanticVAE.from_pretrained(vae).to(device), [], []
     names = asr.tokenizer.convert_ids_to_tokens(range(asr.model.config.vocab_size))
     alphabet = torch.tensor([i for i, name in enumerate(names) if name and len(name) == 1 and name.isalpha()], device=device)
-    for wave in waves:
-        z = model.encode(torch.from_numpy(wave)[None].to(device))[0][0]  # [N, D]
-        logits = asr.model(**asr.extractor(wave, sampling_rate=16000, return_tensors="pt").to(device)).logits[0, :, alphabet]
+    for path in recordings:
+        z = model.encode(torch.from_numpy(read_audio(path, model.config.sample_rate))[None].to(device))[0][0]  # [N, D]
+        heard = asr.extractor(read_audio(path, asr.extractor.sampling_rate), sampling_rate=asr.extractor.sampling_rate, return_tensors="pt").to(device)
+        logits = asr.model(**heard).logits[0, :, alphabet]
         letters.append(logits.argmax(-1)[torch.arange(len(z), device=device) * len(logits) // len(z)])
         latents.append(z)
     z, letters = torch.cat(latents), torch.cat(letters)
@@ -453,24 +414,18 @@ def projection(vae: str, waves: list[np.ndarray], asr, device) -> str:
     return f"<figure>{picture(dots, 5, 5)}<figcaption>{html.escape(str(vae))}: a linear map fitted to half of the frames names the letters of {named:.1%} of the others</figcaption></figure>"
 
 
-def write_report(args, table: str, lines: list[Line], records: dict, rebuild, asr, device) -> None:
+def write_report(args, table: str, systems: list[str], lines: list[Line], records: dict, rebuild, asr, device) -> None:
     escape, parts = html.escape, [PAGE, f'<h1>Report</h1><div class="wide">{table}</div>']
     if not picture(lambda axes: None, 1, 1):
         print("matplotlib is not installed: the report has no pictures (pip install matplotlib)")
     for line in lines[: args.report_clips]:
-        waves = dict(prompt=read_audio(find_audio(args.audio, line.ref), 16000))
-        waves |= dict(original=read_audio(find_audio(args.audio, line.gen), 16000)) if not args.no_original or rebuild else {}
-        if rebuild:
-            wave = rebuild[0](read_audio(find_audio(args.audio, line.gen), rebuild[1]))[0]
-            waves["reconstruction"] = torchaudio.functional.resample(torch.from_numpy(wave), rebuild[1], 16000).numpy()
-        if args.generated:
-            waves["synthesis"] = read_audio(args.generated / line.wav, 16000)
-        heard = lambda system: f": “{escape(records[system, line.gen]['hypothesis'])}”" if (system, line.gen) in records else ""
+        waves = dict(prompt=read_audio(find_audio(args.audio, line.ref), 16000)) | {system: recording(system, line, args, rebuild)[0] for system in systems}
+        heard = lambda system: f": “{escape(records[system, line.gen]['hypothesis'])}”" if system != "prompt" else ""
         figures = "".join(f"<figure>{picture(spectrogram(w), 3.2, 1.6)}{player(w, 16000)}<figcaption>{name}{heard(name)}</figcaption></figure>" for name, w in waves.items())
         parts.append(f'<h2>{escape(line.text)}</h2><div class="row">{figures}</div>')
     vaes = [v for v in (args.reconstruct, args.compare) if v]
     if vaes and not asr.whisper:
-        originals = [read_audio(find_audio(args.audio, line.gen), 16000) for line in lines[:40]]
+        originals = [find_audio(args.audio, line.gen) for line in lines[:48]]
         parts.append(f'<h2>Latents, coloured by the letter heard</h2><div class="row">{"".join(projection(v, originals, asr, device) for v in vaes)}</div>')
     for run in args.runs:
         parts.append(f"<h2>{escape(str(run))}</h2>{curves(run) if (run / 'log.csv').exists() else ''}{heard_learning(run)}")
@@ -530,29 +485,36 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
     lines = read_list(args.list)[: args.limit]
+    if args.compare:
+        SemanticVAE.from_pretrained(args.compare)  # refused now, not after the scoring
     rebuild = reconstructor(args.reconstruct, device) if args.reconstruct else None
     systems = [name for name, wanted in (("original", not args.no_original), ("reconstruction", rebuild), ("synthesis", args.generated)) if wanted]
 
-    # ---- every file, before an hour is spent
+    # ---- every file and text, before an hour is spent
+    if not systems or not lines:
+        raise InputError("nothing to score: drop --no-original, or give --generated or --reconstruct, and a --limit of at least 1")
     missing = [line.wav for line in lines if args.generated and not (args.generated / line.wav).is_file()]
     if missing:
         raise InputError(f"{args.generated} lacks {len(missing)} of {len(lines)} wavs, the first {missing[0]}: run python sample.py --list {args.list} --out {args.generated}")
     for line in lines:
-        find_audio(args.audio, line.ref), find_audio(args.audio, line.gen) if systems[0] != "synthesis" else None
+        find_audio(args.audio, line.ref)
+        if not normalize(line.text):
+            raise InputError(f"the text of {line.gen} is empty once punctuation is removed")
+        if systems != ["synthesis"]:
+            find_audio(args.audio, line.gen)
     if args.dry_run:
         print(f"{args.list}: {len(lines)} utterances for {', '.join(systems)}; every file is there")
         return
     asr, sim = Recognizer(args.asr, device), (SIMo if args.sim.endswith(".pth") else SpeakerModel)(args.sim, device)
-    quality = squim(device) if args.squim else None
+    quality, voice = squim(device) if args.squim else None, functools.cache(lambda path: sim(read_audio(path, 16000)))
 
     # ---- this rank's utterances; a record is kept as soon as it is made, should this be interrupted
-    stamp = args.generated / "settings.json" if args.generated else None
-    made = read_json(stamp) if stamp and stamp.exists() else {}
-    how = "".join(f" {k}={made[k]}" for k in ("seed", "steps", "cfg", "sway", "speed") if k in made) or (" seed=? steps=? cfg=?" if args.generated else "")
+    made = read_json(args.generated / "settings.json") if args.generated and (args.generated / "settings.json").exists() else {}
+    how = "".join(f" {k}={made.get(k, '?')}" for k in ("tts", "seed", "steps", "cfg", "sway", "speed")) if args.generated else ""
     signature = (f"list={args.list.name} asr={asr.identity} sim={sim.identity} normalizer=seed-tts-eval wer=utterance-mean"
-                 f"{f' vae={rebuild[2]}' if rebuild else ''}{how}")  # fmt: skip
+                 f"{f' vae={rebuild[1]}' if rebuild else ''}{how}")  # fmt: skip
     newest = max((args.generated / line.wav).stat().st_mtime_ns for line in lines) if args.generated else 0
-    work, key = args.out.with_name(args.out.name + ".work"), f"{signature} {args.audio} {args.generated} {newest} {args.squim}"
+    work, key = args.out.with_name(args.out.name + ".work"), f"{signature} {zlib.crc32(repr(lines).encode())} {args.audio} {args.generated} {newest} {args.squim}"
     done, held = read_records(work, key), lock(work) if rank == 0 else None
     barrier()  # all ranks have seen the same records before the next is written
     work.mkdir(parents=True, exist_ok=True)
@@ -560,7 +522,7 @@ def main(argv=None):
         for system in systems:
             for line in tqdm(lines[rank::world], desc=system, disable=rank > 0):
                 if (system, line.gen) not in done:
-                    f.write("\n" + json.dumps([key, score(system, line, args, asr, sim, rebuild, quality)]))
+                    f.write("\n" + json.dumps([key, score(system, line, args, asr, sim, voice, rebuild, quality)]))
                     f.flush()
     barrier()
     if rank > 0:
@@ -573,7 +535,6 @@ def main(argv=None):
     writer = csv.DictWriter(text, ["system", "utterance", *(c for c in COLUMNS if c != "corpus"), "reference", "hypothesis"], restval="", lineterminator="\n")
     writer.writeheader(), writer.writerows(records)
     write_atomic(args.out, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
-    shutil.rmtree(work)
     table, signature = make_table(systems, records), f"signature: n={len(lines)} {signature}"
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
@@ -581,7 +542,8 @@ def main(argv=None):
     print(f"{signature}; each utterance in {args.out}")
     if args.report:
         rows = "".join(f"<tr>{''.join(f'<t{kind}>{html.escape(cell)}</t{kind}>' for cell in row)}</tr>" for kind, row in zip(["h", *"d" * len(systems)], table))
-        write_report(args, f"<table>{rows}</table><p><small>{html.escape(signature)}</small></p>", lines, found, rebuild, asr, device)
+        write_report(args, f"<table>{rows}</table><p><small>{html.escape(signature)}</small></p>", systems, lines, found, rebuild, asr, device)
+    shutil.rmtree(work)
 
 
 if __name__ == "__main__":

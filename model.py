@@ -10,7 +10,7 @@ a prompt in any voice.
 
     noise, prompt latents, text --DiT, 32 Euler steps--> z --decoder--> audio    stage 2: train_tts.py, sample.py
 
-Axes: B batch, T audio samples, N latent frames (T / hop), S SSL frames, C channels, D features, H heads, L bytes of text.
+Axes: B batch, T audio samples, N latent frames (T / hop), S SSL frames, C channels, D features, W width of the DiT, H heads, L bytes of text.
 Convolutions see [B, C, N]; attention, latents and everything between the two stages are [B, N, D].
 
 Parameters carry the names of the authors' release (VAE) and of F5-TTS (DiT), so a state dict needs no translation.
@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchaudio
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
@@ -62,7 +62,7 @@ class VAEConfig:
 
     @property
     def hop(self) -> int:
-        """Audio samples in a latent frame."""
+        """Audio samples in a latent frame: 400 by default, so 16000 / 400 = 40 frames a second."""
         return math.prod(self.decoder_rates)
 
 
@@ -101,23 +101,716 @@ PRESETS = {
         dit=dict(width=512, depth=12, heads=8, text_dim=256, text_upsample=True),
         train_tts=dict(steps=200_000, lr=2e-4, warmup=5_000, batch_seconds=600, micro_seconds=300),
     ),
-    "paper": dict(
-        vae=dict(),
-        train_vae=dict(),
-        dit=dict(),
-        train_tts=dict(),
-    ),
+    "paper": dict(vae={}, train_vae={}, dit={}, train_tts={}),  # every default is the paper's
     "f5-mel": dict(  # F5-TTS's mel-spectrograms: for data at 24 kHz
         vae=dict(decoder_rates=(4, 4, 2, 2, 2, 2), decoder_kernels=(8, 8, 4, 4, 4, 4)),
-        train_vae=dict(mel=True, latent_dim=100),
-        dit=dict(),
-        train_tts=dict(),
-    ),
+        train_vae=dict(mel=True, latent_dim=100), dit={}, train_tts={},
+    ),  # fmt: skip
 }
 
 
+class Pretrained(nn.Module):
+    """A network that a folder with model.safetensors and config.json rebuilds. How files are read and written stands at the end."""
+
+    def save_pretrained(self, folder: str | Path, dtype=torch.float32, **notes) -> None:
+        """Write model.safetensors and, beside it, config.json with the class, its config and any further notes."""
+        folder = Path(folder)
+        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
+        write_atomic(folder / "model.safetensors", lambda p: save_file(tensors, p))
+        write_json(folder / "config.json", dict(model=type(self).__name__, config=asdict(self.config), **notes))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path):
+        """The network in a folder (or hub id), in eval mode on the CPU. Raises InputError if anything does not fit."""
+        folder = local_folder(name)
+        saved = read_json(folder / "config.json")
+        if saved.get("model") != cls.__name__:
+            raise InputError(f"{folder} holds a {saved.get('model')}, expected a {cls.__name__}")
+        try:
+            tensors = load_file(folder / "model.safetensors")
+        except (OSError, SafetensorError, ValueError) as e:
+            raise InputError(f"cannot read {folder / 'model.safetensors'}: {e}; train again or copy the file anew") from e
+        config = read_config(cls.__init__.__annotations__["config"], saved.get("config"), folder / "config.json", len(tensors))
+        return rebuild(cls, config, tensors, folder)
+
+
 # --------------------------------------------------------------------------------------------------------------
-# Checkpoints: a folder with model.safetensors and config.json rebuilds its network. Nothing else is needed.
+# Stage 1: the encoder (DAC, arXiv 2306.06546).
+
+
+def conv(*args, **kwargs) -> nn.Module:
+    """A weight-normalised 1-D convolution."""
+    return weight_norm(nn.Conv1d(*args, **kwargs))
+
+
+def fold_weight_norm(module: nn.Module) -> nn.Module:
+    """For inference: every weight as it is after normalisation, no longer computed anew in each pass. Changes state_dict's names."""
+    for part in list(module.modules()):
+        if is_parametrized(part, "weight"):
+            remove_parametrizations(part, "weight")
+    return module
+
+
+class Snake(nn.Module):
+    """x + sin²(αx)/α, with one α a channel (arXiv 2006.08195). Voiced speech is periodic: a network of ReLUs has to put periods together from
+    pieces, this one has them built in."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
+
+    def forward(self, x):  # [B, C, N]
+        return x + (self.alpha * x).sin().square() * (self.alpha + 1e-9).reciprocal()
+
+
+class ResidualUnit(nn.Module):
+    """x + conv₁(snake(conv₇(snake(x)))), the wide one dilated."""
+
+    def __init__(self, channels: int, dilation: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            Snake(channels), conv(channels, channels, 7, dilation=dilation, padding=3 * dilation),
+            Snake(channels), conv(channels, channels, 1))  # fmt: skip
+
+    def forward(self, x):  # [B, C, N]
+        return x + self.block(x)
+
+
+class EncoderBlock(nn.Module):
+    """Three residual units, then a strided conv that doubles the channels."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            ResidualUnit(channels, 1), ResidualUnit(channels, 3), ResidualUnit(channels, 9), Snake(channels),
+            conv(channels, 2 * channels, 2 * stride, stride, padding=math.ceil(stride / 2)))  # fmt: skip
+
+    def forward(self, x):  # [B, C, N]
+        return self.block(x)  # [B, 2C, N / stride]
+
+
+class Encoder(nn.Module):
+    """Block after block shortens the audio by its rate: 4 · 4 · 5 · 5 = 400 samples become a frame of 16 · `channels`."""
+
+    def __init__(self, channels: int, rates: tuple[int, ...]):
+        super().__init__()
+        blocks = [EncoderBlock(channels * 2**i, rate) for i, rate in enumerate(rates)]
+        self.out_channels = channels * 2 ** len(rates)
+        self.block = nn.Sequential(
+            conv(1, channels, 7, padding=3), *blocks,
+            Snake(self.out_channels), conv(self.out_channels, self.out_channels, 3, padding=1))  # fmt: skip
+
+    def forward(self, wave):  # [B, 1, T]
+        return self.block(wave)  # [B, C, N]
+
+
+class LogMel(nn.Module):
+    """F5-TTS's frames in place of an encoder, without parameters: log of mel magnitudes (HTK scale), clamped at 1e-5, of
+    windows of 1024 samples centred on every hop-th sample."""
+
+    def __init__(self, sample_rate: int, bands: int, hop: int, window: int = 1024):
+        super().__init__()
+        self.window, self.hop = window, hop
+        with torch.device("cpu"):
+            bank = torchaudio.functional.melscale_fbanks(window // 2 + 1, 0, sample_rate / 2, bands, sample_rate).T
+        self.register_buffer("bank", bank, persistent=False)
+
+    def forward(self, wave):  # [B, 1, T]
+        hann = torch.hann_window(self.window, device=wave.device)
+        with torch.autocast(wave.device.type, enabled=False):
+            magnitude = torch.stft(wave[:, 0].float(), self.window, self.hop, window=hann, return_complex=True).abs()
+            return (self.bank @ magnitude[..., :-1]).clamp(min=1e-5).log()  # [B, bands, N]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Stage 1: from the encoder's features to a latent.
+
+
+class CausalAttention(nn.Module):
+    """y = W · pool(mean over the heads h of softmax(qₕkₕᵀ/√d + causal mask) vₕ): from a wide input to a narrow output, heads are averaged and
+    pooled, not concatenated."""
+
+    def __init__(self, dim: int, out_dim: int, heads: int = 8):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x):  # [B, N, D]
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # one of the keys would cancel in the softmax
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).mean(1)  # [B, N, D/H]
+        return self.proj(F.adaptive_avg_pool1d(y, self.proj.in_features))  # [B, N, out]
+
+
+class GatedMLP(nn.Module):
+    """w2(gelu(w0 v) · w1 v) of v = LayerNorm(x) (GEGLU, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.w0, self.w1, self.w2 = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x):  # [B, N, D]
+        v = self.norm(x)
+        return self.w2(F.gelu(self.w0(v), approximate="tanh") * self.w1(v))
+
+
+class AttentionProjection(nn.Module):
+    """From the encoder's width to the latent's: y = proj(LN₃ x) + attn(LN₁ x), then y + mlp(LN₂ y).
+
+    Causal, so that a latent frame never depends on how much speech follows it beyond the convolutions' reach: a prompt has the
+    same latents alone as with speech behind it."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), CausalAttention(dim, out_dim)
+        self.norm3, self.proj = nn.LayerNorm(dim), nn.Linear(dim, out_dim)
+        self.norm2, self.mlp = nn.LayerNorm(out_dim), GatedMLP(out_dim)
+
+    def forward(self, x):  # [B, N, D]
+        y = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
+        return y + self.mlp(self.norm2(y))  # [B, N, out]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Stage 1: the decoder (BigVGAN-v2, arXiv 2206.04658), which first needs resampling by two.
+
+
+def lowpass() -> torch.Tensor:
+    """Kaiser-windowed sinc [1, 1, 12] with cut-off at half of the band and unit sum."""
+    window = torch.kaiser_window(12, periodic=False, beta=0.1102 * (2.285 * 5 * math.pi * 4 * 0.3 + 7.95 - 8.7), dtype=torch.float64)
+    filter = window * torch.sinc(0.5 * (torch.arange(12, dtype=torch.float64) - 5.5))
+    return (filter / filter.sum()).float()[None, None]
+
+
+class Stencil(torch.autograd.Function):
+    """y[n] = Σᵢ taps[i] · x[n + i], the same for all channels: [B, C, N] → [B, C, N - len(taps) + 1].
+
+    A sum of shifted inputs is what a compiler turns into one pass over memory. Its gradient is written down since it is a
+    stencil again, the taps reversed, where autograd would scatter the slice of each tap into zeros of its own."""
+
+    @staticmethod
+    def forward(ctx, x, taps):
+        ctx.taps, n = taps, x.shape[-1] - len(taps) + 1
+        (i, tap), *others = ((i, tap) for i, tap in enumerate(taps) if tap)
+        y = tap * x[..., i : i + n]
+        for i, tap in others:
+            y = torch.add(y, x[..., i : i + n], alpha=tap)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        zeros = gradient.new_zeros(*gradient.shape[:-1], len(ctx.taps) - 1)
+        return Stencil.apply(torch.cat([zeros, gradient, zeros], dim=-1), ctx.taps[::-1]), None
+
+
+def extend(x, first, last, left: int, right: int):
+    """x [B, C, N] with `first` [B, C, 1] repeated before it, `last` after it. Unlike F.pad's clamped indices, compiles to plain copies."""
+    return torch.cat([first.expand(-1, -1, left), x, last.expand(-1, -1, right)], dim=-1)  # [B, C, left + N + right]
+
+
+TAPS = tuple(lowpass().flatten().tolist())
+DOWN_EVEN, DOWN_ODD = TAPS[1::2], TAPS[0::2]  # what the 2x signal's even and odd samples weigh in an output
+# What inputs weigh in those: the filter, which is symmetric, twice as high, since every other sample is a zero put between. 0: both read the same 7.
+UP_EVEN, UP_ODD = (*(2 * f for f in DOWN_ODD), 0.0), (0.0, *(2 * f for f in DOWN_EVEN))
+
+
+class SnakeBeta(nn.Module):
+    """x + sin²(eᵅx)/eᵝ, one α and β a channel (BigVGAN-v2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):  # [B, C, N]
+        alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
+        return x + (alpha * x).sin().square() * (beta + 1e-9).reciprocal()
+
+
+class AntiAliasedSnake(nn.Module):
+    """down₂(SnakeBeta(up₂(x))): at twice the rate, the harmonics that it adds are filtered out before they alias.
+
+    up₂(x) = 2 · filter ∗ (x with zeros between), down₂(y) = every other sample of filter ∗ y. Both are stencils: the 2x signal's even
+    and odd samples are 6-tap sums of inputs, and each output is a 12-tap sum over both. The interleaved 2x signal is never
+    formed. tests/plain.py holds the convolution form that this equals."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.act = SnakeBeta(channels)
+
+    def forward(self, x):  # [B, C, N]
+        x = extend(x, x[..., :1], x[..., -1:], 3, 3)
+        even, odd = self.act(Stencil.apply(x, UP_EVEN)), self.act(Stencil.apply(x, UP_ODD))  # [B, C, N] each
+        first, last = even[..., :1], odd[..., -1:]  # the 2x signal's ends, replicated
+        return Stencil.apply(extend(even, first, last, 2, 3), DOWN_EVEN) + Stencil.apply(extend(odd, first, last, 3, 2), DOWN_ODD)
+
+
+class AMPBlock(nn.Module):
+    """Anti-aliased multi-periodicity block: x += conv(act(conv_dilated(act(x)))) for dilations 1, 3, 5."""
+
+    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...] = (1, 3, 5)):
+        super().__init__()
+        same = lambda d: conv(channels, channels, kernel, dilation=d, padding=d * (kernel - 1) // 2)
+        self.convs1 = nn.ModuleList(same(d) for d in dilations)
+        self.convs2 = nn.ModuleList(same(1) for _ in dilations)
+        self.activations = nn.ModuleList(AntiAliasedSnake(channels) for _ in range(2 * len(dilations)))
+
+    def forward(self, x):  # [B, C, N]
+        for i, (dilated, plain) in enumerate(zip(self.convs1, self.convs2)):
+            x = x + plain(self.activations[2 * i + 1](dilated(self.activations[2 * i](x))))
+        return x
+
+
+class Decoder(nn.Module):
+    """Stage after stage: upsample, then (1/K) Σₖ AMPₖ(x), the mean of AMP blocks with K kernels."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels = config.decoder_dim
+        self.conv_pre = conv(config.latent_dim, channels, 7, padding=3)
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for rate, kernel in zip(config.decoder_rates, config.decoder_kernels):
+            up = nn.ConvTranspose1d(channels, channels // 2, kernel, rate, padding=(kernel - rate) // 2)
+            self.ups.append(nn.ModuleList([weight_norm(up)]))
+            channels //= 2
+            self.resblocks.extend(AMPBlock(channels, k) for k in config.resblock_kernels)
+        self.activation_post = AntiAliasedSnake(channels)
+        self.conv_post = conv(channels, 1, 7, padding=3, bias=False)
+
+    def forward(self, z):  # [B, D, N]
+        x, kernels = self.conv_pre(z), len(self.resblocks) // len(self.ups)
+        for i, (up,) in enumerate(self.ups):
+            x = up(x)  # [B, C/2, N · rate]
+            x = sum(block(x) for block in self.resblocks[i * kernels : (i + 1) * kernels]) / kernels
+        return self.conv_post(self.activation_post(x)).clamp(-1, 1)  # [B, 1, T]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Stage 1: the alignment.
+
+
+class AlignmentHead(nn.Module):
+    """Makes of latents and SSL features the two that shall be alike: features are interpolated to the latent's frame rate and projected
+    *down* to its width (the paper; the layers are the authors'), so that latents are what can be told from the features.
+
+    `up` projects the latent to the features' width (VA-VAE, arXiv 2501.01423), so that the features can be told from the latents."""
+
+    def __init__(self, ssl_dim: int, latent_dim: int, layers: int = 1, up: bool = False):
+        super().__init__()
+        hidden, self.up = 2 * latent_dim, up
+        self.mix = nn.Parameter(torch.zeros(layers)) if layers > 1 else None
+        self.model = nn.Linear(latent_dim, ssl_dim, bias=False) if up else nn.Sequential(
+            nn.Conv1d(ssl_dim, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
+            nn.Conv1d(hidden, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
+            nn.Conv1d(hidden, latent_dim, 1))  # fmt: skip
+
+    def forward(self, z, features):  # [B, N, latent], [B, S, layers · ssl_dim]
+        if self.mix is not None:  # a weighted sum of the layers (SUPERB, arXiv 2105.01051)
+            features = self.mix.softmax(0) @ features.unflatten(-1, (len(self.mix), -1))  # [B, S, ssl_dim]
+        features = F.interpolate(features.mT, z.shape[1], mode="linear", align_corners=False)  # [B, ssl_dim, N]
+        return (self.model(z).float(), features.mT.float()) if self.up else (z, self.model(features).mT.float())
+
+
+def alignment_loss(z, target, valid=None):
+    """−cos(z, target) over the features, mean over the valid frames, mean over the batch (the paper's alignment loss).
+
+    z is the *sampled* latent [B, N, D], which is what decoder and DiT will see: noise that drowned its direction would cost. target is the
+    head's output, valid [B, N] marks real frames (all, if None). Both sides move: the gradient reaches the encoder through z
+    and the head through target; the SSL model is frozen."""
+    cosine = F.cosine_similarity(z, target, dim=-1)  # [B, N]
+    valid = torch.ones_like(cosine) if valid is None else valid
+    return -((cosine * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()
+
+
+def upward_alignment_loss(z, projected, features, valid, margin: float = 0.5, pair_margin: float = 0.25):
+    """mean ReLU(1 − m₁ − cos(Wzᵢ, fᵢ)) + mean ReLU(|cos(zᵢ, zⱼ) − cos(fᵢ, fⱼ)| − m₂), over the valid frames i and pairs i, j of an
+    utterance (VA-VAE, arXiv 2501.01423, section 3). z [B, N, D]; projected Wz and features f [B, N, ssl_dim]; valid [B, N]."""
+    unit = lambda x: F.normalize(x, dim=-1)
+    frames = F.relu(1 - margin - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
+    pairs = F.relu((unit(z) @ unit(z).mT - unit(features) @ unit(features).mT).abs() - pair_margin)  # [B, N, N]
+    both = valid[:, :, None] & valid[:, None]
+    return (frames * valid).sum() / valid.sum().clamp(min=1) + (pairs * both).sum() / both.sum().clamp(min=1)
+
+
+def kl_loss(mean, logvar):
+    """KL(q(z|x) ‖ N(0, 1)): summed over the features, mean over batch and frames (VAE, arXiv 1312.6114). The 1e-6 is the authors'.
+
+    It keeps latents bounded and their neighbours alike, so that a DiT's small errors stay small. Its weight is small too: at 1, what the decoder
+    needs would be smoothed away."""
+    return -0.5 * (1 + logvar - mean.square() - (logvar.exp() + 1e-6)).sum(-1).mean()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Stage 1: the VAE.
+
+
+class SemanticVAE(Pretrained):
+    """The speech VAE, with the alignment head beside it."""
+
+    BEHIND_LATENTS = ("decoder.", "projectors.")  # the weights that no latent depends on
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        if config.mel:
+            self.encoder = LogMel(config.sample_rate, config.latent_dim, config.hop)
+        else:
+            self.encoder = Encoder(config.encoder_dim, config.encoder_rates)
+            self.pre_block = AttentionProjection(self.encoder.out_channels, config.latent_dim)
+            self.fc_mu = nn.Linear(config.latent_dim, config.latent_dim)
+            self.fc_var = nn.Linear(config.latent_dim, config.latent_dim)
+        self.decoder = Decoder(config)
+        self.projectors = AlignmentHead(config.ssl_dim, config.latent_dim, config.ssl_layers, config.align == "up") if config.ssl_dim else None
+
+    def encode(self, wave):
+        """Audio [B, T] → mean, logvar, each [B, N, D] with N = ceil(T / hop). The last frame is filled up with silence."""
+        wave = F.pad(wave, (0, -wave.shape[-1] % self.config.hop))
+        x = self.encoder(wave[:, None]).transpose(1, 2)  # [B, N, C]
+        if self.config.mel:
+            return x, torch.full_like(x, -math.inf)  # a variance of 0: what is sampled is the mel itself
+        return self.posterior(self.pre_block(x))
+
+    def posterior(self, x):
+        """[B, N, D] → mean, logvar, both float32."""
+        return self.fc_mu(x).float(), self.fc_var(x).float().clamp(-12, 12)
+
+    def decode(self, z, samples: int | None = None):
+        """Latents [B, N, D] → audio [B, samples], float32 within [-1, 1]; N · hop samples if not told."""
+        return self.decoder(z.transpose(1, 2))[:, 0, :samples].float()  # [B, T]
+
+    def decode_in_pieces(self, z, piece: int = 400, context: int = 32):
+        """decode(z), `piece` frames at a time, so that memory does not grow with the length. `context` frames either side are
+        more than any sample depends on with the paper's kernels (tests/test_model.py)."""
+        waves = []
+        for start in range(0, z.shape[1], piece):
+            left = min(start, context)
+            wave = self.decode(z[:, start - left : start + piece + context])
+            waves.append(wave[:, left * self.config.hop : (left + piece) * self.config.hop])
+        return torch.cat(waves, dim=1)  # [B, N · hop]
+
+    def forward(self, wave, noise, features=None):
+        """One training pass: audio [B, T], noise [B, N, D], SSL features [B, S, ssl_layers · ssl_dim] → reconstruction [B, T], sampled
+        latents z, mean, logvar, all [B, N, D], and (if there are features) the two that are to be aligned."""
+        mean, logvar = self.encode(wave)
+        z = mean + noise * (0.5 * logvar).exp()
+        aligned = self.projectors(z, features) if features is not None else None
+        return self.decode(z, wave.shape[-1]), z, mean, logvar, aligned
+
+    def content_hash(self, without: tuple[str, ...] = ("projectors.",)) -> str:
+        """Names these weights (less the alignment head, which no sound depends on) in 16 hex digits: for tables of scores."""
+        silent = ("ssl_dim", "ssl_layers", "align")  # the alignment head's
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name not in silent and getattr(self.config, f.name) != f.default}
+        digest = hashlib.sha256(json.dumps(settings).encode())  # without the defaults, so that a new setting renames nothing
+        for name, value in sorted(self.state_dict().items()):
+            if not name.startswith(without):
+                digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def latents_hash(self) -> str:
+        """Names the latents: VAEs that differ in their decoder alone (train_vae.py --encoder-lr 0) can decode each other's."""
+        return self.content_hash(without=self.BEHIND_LATENTS)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path):
+        """Also reads the authors' release: a folder with metainfo.json and dac/."""
+        folder = local_folder(name)
+        return cls.from_authors(folder) if (folder / "metainfo.json").exists() else super().from_pretrained(folder)
+
+    @classmethod
+    def from_authors(cls, folder: Path):
+        """The authors' weights, every key accounted for by name and shape; sizes are read off the shapes."""
+        path = folder / "dac" / "ema_state_dict.pth"
+        path = path if path.exists() else folder / "dac" / "weights.pth"
+        tensors = load_torch(path)
+        try:
+            tensors = tensors.get("state_dict", tensors)
+            tensors = {k.removeprefix("ema_model."): v for k, v in tensors.items() if k not in ("initted", "step")}  # the EMA's own counters
+            first, head = tensors["encoder.block.0.bias"], tensors.get("projectors.model.0.weight")
+            config = VAEConfig(encoder_dim=len(first), latent_dim=len(tensors["fc_mu.bias"]), ssl_dim=0 if head is None else head.shape[1],
+                               decoder_dim=len(tensors["decoder.conv_pre.bias"]))  # fmt: skip
+            for kind, expected in (("filter", lowpass()), ("zero_k_bias", torch.zeros(1))):  # buffers that we compute: only checked
+                for name in [k for k in tensors if k.endswith(kind)]:
+                    if not torch.allclose(tensors.pop(name).float(), expected, atol=1e-6):
+                        raise InputError(f"{path}: {name} differs from the {kind} this model computes")
+            return rebuild(cls, config, tensors, path)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
+            raise InputError(f"{path} is not the authors' release: {type(e).__name__} {e}") from e
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Stage 2: the DiT, which reads text, ...
+
+
+def angles(position, dim: int):
+    """Positions [N] → [N, dim / 2]: position · 10000^(−2i / dim), for sinusoidal and rotary positions (arXiv 1706.03762, 2104.09864)."""
+    return position[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, device=position.device) / dim)
+
+
+def spread_evenly(text, counts, lengths):
+    """Average upsampling (ZipVoice, arXiv 2506.13053): 3 characters over 10 frames get 3, 3 and 4 of them.
+
+    text [B, N, D] holds counts [B] <= lengths [B] characters on the left and zeros behind. Each of n characters gets frames // n frames, the
+    last frames % n one more: the slower of two paces, one counted from the start, one from the end."""
+    n, lengths, frame = counts.clamp(min=1)[:, None], lengths[:, None], torch.arange(text.shape[1], device=text.device)
+    each = (lengths // n).clamp(min=1)
+    index = torch.minimum(frame // each, n - 1 - (lengths - 1 - frame) // (each + 1))  # [B, N]
+    return text.gather(1, index[..., None].expand_as(text)) * (frame < lengths)[..., None]
+
+
+class GlobalResponseNorm(nn.Module):
+    """γ · (x · n) + β + x, where n is each channel's norm over the frames, relative to the mean channel."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, dim))
+
+    def forward(self, x, inside):  # [B, N, D]; inside [B, N, 1] keeps a batch's padding out of the norm
+        norm = (x * inside).norm(dim=1, keepdim=True)  # [B, 1, D]
+        return self.gamma * (x * (norm / (norm.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + W₂ GRN(gelu(W₁ LN(depthwise conv₇ x))) (ConvNeXt-V2, arXiv 2301.00808)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dwconv = nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1, self.grn, self.pwconv2 = nn.Linear(dim, 2 * dim), GlobalResponseNorm(2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x, inside):  # [B, N, D]
+        y = self.norm(self.dwconv(x.transpose(1, 2)).transpose(1, 2))
+        return x + self.pwconv2(self.grn(F.gelu(self.pwconv1(y)), inside))  # [B, N, 2D] within
+
+
+class TextEmbedding(nn.Module):
+    """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, and (optionally) even spreading.
+
+    Text is shorter than speech: behind its end stand zeros. Dropped, it becomes as many fillers (row 0): its length stays known."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.spread = config.text_upsample
+        self.text_embed = nn.Embedding(config.text_symbols + 1, config.text_dim)  # row b + 1 is byte b
+        self.text_blocks = nn.ModuleList(ConvNeXtBlock(config.text_dim) for _ in range(config.text_layers))
+
+    def forward(self, text, lengths, frames: int, drop=None):
+        """text [B, L] of symbols, -1 behind its end; lengths [B] in frames; drop [B] bool → [B, frames, text_dim]."""
+        text = F.pad(text + 1, (0, frames - text.shape[1]))  # [B, N], padded or cut
+        frame = torch.arange(frames, device=text.device)
+        inside = frame < lengths[:, None]  # [B, N]
+        has_text = (text > 0) & inside  # also where it is dropped
+        if drop is not None:
+            text = text.masked_fill(drop[:, None], 0)
+        angle = angles(frame, self.text_embed.embedding_dim)  # [N, D/2]
+        x = (self.text_embed(text) + torch.cat([angle.cos(), angle.sin()], dim=-1)) * has_text[..., None]  # [B, N, D]
+        for block in self.text_blocks:
+            x = block(x, inside[..., None]) * has_text[..., None]
+        return spread_evenly(x, has_text.sum(1), lengths) if self.spread else x
+
+
+# --------------------------------------------------------------------------------------------------------------
+# ... and fills in latents (F5-TTS, arXiv 2410.06885).
+
+
+class InputEmbedding(nn.Module):
+    """Noised latents, prompt and text, side by side: x = linear(…), then x + two grouped convolutions, which tell neighbours apart."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.proj = nn.Linear(2 * config.latent_dim + config.text_dim, config.width)
+        grouped = lambda: nn.Conv1d(config.width, config.width, 31, padding=15, groups=16)
+        self.conv_pos_embed = nn.ModuleDict(dict(conv1d=nn.Sequential(grouped(), nn.Mish(), grouped(), nn.Mish())))
+
+    def forward(self, x, prompt, text, inside):  # [B, N, latent] twice, [B, N, text_dim], [B, N, 1]
+        x = self.proj(torch.cat([x, prompt, text], dim=-1))  # [B, N, W]
+        first, mish, second, _ = self.conv_pos_embed["conv1d"]
+        y, inside = (x * inside).transpose(1, 2), inside.transpose(1, 2)  # [B, W, N]; padding is zeroed around each convolution
+        y = mish(second(mish(first(y)) * inside)) * inside
+        return x + y.transpose(1, 2)
+
+
+class TimeEmbedding(nn.Module):
+    """An MLP of the sines and cosines of 1000t · 10000^(−i / 127), i = 0 … 127."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):  # [B]
+        angle = t[:, None] * (1000 * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 127))  # [B, 128]
+        return self.time_mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))  # [B, W]
+
+
+class Modulation(nn.Module):
+    """Adaptive LayerNorm (AdaLN, arXiv 2212.09748): the time embedding sets each block's shifts, scales and gates, `chunks` vectors [B, 1, W]."""
+
+    def __init__(self, width: int, chunks: int):
+        super().__init__()
+        self.linear, self.chunks = nn.Linear(width, chunks * width), chunks
+
+    def forward(self, t):  # [B, W]
+        return self.linear(F.silu(t))[:, None].chunk(self.chunks, dim=-1)
+
+
+def modulate(x, shift, scale):
+    """LN(x) · (1 + scale) + shift, the LayerNorm without parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def rotate(x, angle):
+    """Rotary position (arXiv 2104.09864): turn each adjacent pair of channels of x [B, N, H, D] by angle [N, D/2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle[:, None].cos(), angle[:, None].sin()
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """softmax(R(q) R(k)ᵀ / √d) v over the frames inside, R the rotary position, in every head.
+
+    Padding is masked, so that an utterance comes out the same in any batch. Not by a mask, which keeps fast kernels away, and whose
+    gradient, compiled for all lengths, fails at the second (torch 2.11): eight more channels (a multiple, for those kernels) are 1
+    in q, and in k 0 or, behind the end, −10,000, which no softmax lets through. In v they are 0."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x, angle, inside):  # [B, N, W]; angle [N, W/H/2]; inside [B, N, 1]
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.to_q, self.to_k, self.to_v))  # [B, N, H, W/H]
+        size, penalty = q.shape[-1], ((~inside) * -1e4)[..., None].expand(-1, -1, self.heads, 8).type_as(k)
+        q, k, v = torch.cat([rotate(q, angle), torch.ones_like(penalty)], -1), torch.cat([rotate(k, angle), penalty], -1), F.pad(v, (0, 8))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, N, W/H + 8]
+        y = F.scaled_dot_product_attention(q, k, v, scale=size**-0.5)[..., :size]
+        return self.to_out(y.transpose(1, 2).flatten(2))  # [B, N, W]
+
+
+class FeedForward(nn.Module):
+    """W₂ gelu(W₁ x), the gelu in its tanh form."""
+
+    def __init__(self, width: int, mult: int):
+        super().__init__()
+        self.ff = nn.Sequential(
+            nn.Sequential(nn.Linear(width, mult * width), nn.GELU(approximate="tanh")),
+            nn.Identity(),  # a dropout in F5-TTS: keeps the parameters' names
+            nn.Linear(mult * width, width))  # fmt: skip
+
+    def forward(self, x):  # [B, N, W]
+        return self.ff(x)
+
+
+class DiTBlock(nn.Module):
+    """x += g₁ · attention(LN(x)(1 + s₁) + b₁), then x += g₂ · feed-forward(LN(x)(1 + s₂) + b₂), with (b, s, g) = AdaLN(t)."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.attn_norm = Modulation(config.width, 6)
+        self.attn = Attention(config.width, config.heads)
+        self.ff = FeedForward(config.width, config.ff_mult)
+
+    def forward(self, x, t, angle, inside):  # [B, N, W]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.attn_norm(t)
+        x = x + gate1 * self.attn(modulate(x, shift1, scale1), angle, inside)
+        return x + gate2 * self.ff(modulate(x, shift2, scale2))
+
+
+class DiT(Pretrained):
+    """Velocity field of the flow from noise to standardised latents, given prompt and text."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.time_embed = TimeEmbedding(config.width)
+        self.text_embed = TextEmbedding(config)
+        self.input_embed = InputEmbedding(config)
+        self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.norm_out = Modulation(config.width, 2)
+        self.proj_out = nn.Linear(config.width, config.latent_dim)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))  # of the VAE's latents, over the training split
+        self.register_buffer("latent_std", torch.ones(config.latent_dim))
+        # Zero AdaLN and output: at first every block is the identity, and the velocity 0. All else is PyTorch's default.
+        for linear in [self.norm_out.linear, self.proj_out] + [b.attn_norm.linear for b in self.transformer_blocks]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def standardize(self, z):
+        """The VAE's latents [..., D] → zero mean, unit variance a channel: of the noise's size, and every channel of the same weight in the loss."""
+        return (z - self.latent_mean) / self.latent_std
+
+    def destandardize(self, x):
+        return x * self.latent_std + self.latent_mean
+
+    def forward(self, x, prompt, text, t, lengths):
+        """Velocity [B, N, D] at time t [B] of noised latents x, prompt latents (zero elsewhere), both [B, N, D], and
+        text [B, N, text_dim] from `text_embed`. lengths [B] in frames: what lies behind is ignored, and what comes out there means nothing."""
+        frame = torch.arange(x.shape[1], device=x.device)
+        inside = frame < lengths[:, None]  # [B, N]
+        angle = angles(frame, self.config.width // self.config.heads)  # [N, W/H/2]
+        t = self.time_embed(t)  # [B, W]
+        x = self.input_embed(x, prompt, text, inside[..., None])  # [B, N, W]
+        for block in self.transformer_blocks:
+            x = block(x, t, angle, inside[..., None])
+        scale, shift = self.norm_out(t)
+        return self.proj_out(modulate(x, shift, scale))  # [B, N, latent]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Flow matching (arXiv 2210.02747), as text-guided speech infilling (Voicebox, arXiv 2306.15687).
+
+
+def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text):
+    """‖v(x_t, t) − (x − noise)‖² over the span, x_t = (1 − t) · noise + t · x: at t = 0 noise, at t = 1 data, and between them the constant
+    velocity of the straight path. Summed over the frames (mean over features); with the number of those frames.
+
+    x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths [B];
+    drop_* [B] bool where prompt or text is hidden, so that the network learns the velocity without them too. Returns two scalars,
+    to be divided over the whole (global) batch."""
+    x_t = (1 - t)[:, None, None] * noise + t[:, None, None] * x
+    prompt = x.masked_fill((span | drop_prompt[:, None])[..., None], 0)
+    embedded = dit.text_embed(text, lengths, x.shape[1], drop_text)
+    velocity = dit(x_t, prompt, embedded, t, lengths).float()
+    error = (velocity - (x - noise)).square().mean(-1)  # [B, N]
+    return (error * span).sum(), span.sum()
+
+
+@torch.no_grad()
+def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0, sway=-1.0):
+    """Integrate the flow by Euler's method from `noise` to latents, both [B, N, D] and standardised.
+
+    prompt [B, N, D] holds each prompt's latents in its first prompt_lengths frames; text [B, L] is prompt and target
+    text; lengths [B] prompt and target frames. Guidance (arXiv 2207.12598) goes beyond what prompt and text ask for: v + cfg · (v − v without
+    them). Sway (F5-TTS), t ← t + sway · (cos(πt/2) − 1 + t), makes steps smaller near the noise where it is negative: there it is
+    decided what will be said where, and errors cost most. The prompt is written over the result."""
+    given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
+    prompt = prompt * given
+    keep, drop = torch.zeros_like(lengths, dtype=torch.bool), torch.ones_like(lengths, dtype=torch.bool)
+    embedded = dit.text_embed(text, lengths, noise.shape[1], keep)
+    if cfg:  # one batch of two: with and without prompt and text
+        embedded = torch.cat([embedded, dit.text_embed(text, lengths, noise.shape[1], drop)])
+        prompt_both, lengths = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([lengths, lengths])
+    t = torch.linspace(0, 1, steps + 1, device=noise.device)
+    t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
+    x = noise
+    for now, after in zip(t[:-1], t[1:]):
+        if cfg:
+            v, v_unconditional = dit(torch.cat([x, x]), prompt_both, embedded, now.expand(len(lengths)), lengths).float().chunk(2)
+            v = v + cfg * (v - v_unconditional)
+        else:
+            v = dit(x, prompt, embedded, now.expand(len(lengths)), lengths).float()
+        x = x + (after - now) * v
+    return torch.where(given, prompt, x)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files. What cannot be read or written, or does not fit, is an InputError; nothing is ever left half-written.
 
 
 def write_atomic(path: Path, write) -> None:
@@ -133,6 +826,10 @@ def write_atomic(path: Path, write) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise InputError(f"cannot write {path}: {str(e).splitlines()[0]}; what was there before is whole") from e
+
+
+def write_json(path: Path, value) -> None:
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2), encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict:
@@ -173,718 +870,34 @@ def local_folder(name: str | Path) -> Path:
     return Path(where) / subfolder
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The float32 tensors of a safetensors file. A missing or damaged file is an InputError."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name).float() for name in f.keys()}
-    except (OSError, SafetensorError, ValueError) as e:
-        raise InputError(f"cannot read {path}: {e}; train again or copy the file anew") from e
-
-
-def load_exactly(module: nn.Module, tensors: dict[str, torch.Tensor], source, only_check: bool = False) -> None:
-    """Load by name and shape. Anything missing, left over or of another shape is an InputError that names it."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [f"{k}: found {list(tensors[k].shape)}, expected {list(own[k].shape)}" for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
-    for what, names in (("lacks", missing), ("has unknown", extra), ("has other shapes:", sorted(shapes))):
-        if names:
-            raise InputError(f"{source} does not fit {type(module).__name__}: it {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
-    if not only_check:
-        module.load_state_dict(tensors)
-
-
-class Pretrained(nn.Module):
-    """save_pretrained and from_pretrained for a network with a dataclass `config`."""
-
-    def save_pretrained(self, folder: str | Path, dtype=torch.float32, **notes) -> None:
-        """Write model.safetensors and, beside it, config.json with the class, its config and any further notes."""
-        folder = Path(folder)
-        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        write_atomic(folder / "model.safetensors", lambda p: save_file(tensors, p))
-        config = dict(model=type(self).__name__, config=asdict(self.config), **notes)
-        write_atomic(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=2), encoding="utf-8"))
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path):
-        """The network in a folder (or hub id), in eval mode on the CPU. Raises InputError if anything does not fit."""
-        folder = local_folder(name)
-        path = folder / "config.json"
-        if not path.exists():
-            raise InputError(f"{folder} holds no config.json (expected a folder written by train_vae.py or train_tts.py)")
-        saved, config_class = read_json(path), cls.__init__.__annotations__["config"]
-        if saved.get("model") != cls.__name__:
-            raise InputError(f"{folder} holds a {saved.get('model')}, expected a {cls.__name__}")
-        tensors = load_tensors(folder / "model.safetensors")
-        config = read_config(config_class, saved.get("config"), path, len(tensors))
-        try:
-            with torch.device("meta"):  # what the config asks for is held against the file before memory is spent on it
-                load_exactly(cls(config), tensors, folder, only_check=True)
-            model = cls(config)
-        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as e:
-            raise InputError(f"{path} does not describe a {cls.__name__}: {e}") from e
-        load_exactly(model, tensors, folder)
-        return model.eval()
-
-
 def read_config(config_class, values, path: Path, most: int):
     """The dataclass of these values; what they lack is the default. A name or kind of value that it does not know, or more layers than
     `most`, is an InputError."""
-    known = {f.name: f.default for f in fields(config_class)}
-    if not isinstance(values, dict) or not values.keys() <= known.keys():
-        raise InputError(f"{path} has other settings than {config_class.__name__}: {sorted(values.keys() - known.keys()) if isinstance(values, dict) else values}")
-    values = {k: tuple(v) if isinstance(v, list) else float(v) if isinstance(known[k], float) and type(v) is int else v for k, v in values.items()}
-    sizes = [n for v in values.values() for n in (v if isinstance(v, tuple) else [v]) if type(n) is int]
-    layers = [values.get(name, 0) for name in ("depth", "text_layers")] + [len(v) for v in values.values() if isinstance(v, tuple)]
-    if any(type(v) is not type(known[k]) for k, v in values.items()) or not all(type(n) is int for v in values.values() if isinstance(v, tuple) for n in v):
-        raise InputError(f"{path} has settings of the wrong kind: {values}")
-    if sizes and not 0 <= min(sizes) <= max(sizes) < 200_000 or max(layers) > most:
-        raise InputError(f"{path} has sizes that its weights cannot have: {values}")
-    return config_class(**values)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Stage 1: the VAE.
-
-
-def conv(*args, **kwargs) -> nn.Module:
-    """A weight-normalised 1-D convolution."""
-    return weight_norm(nn.Conv1d(*args, **kwargs))
-
-
-def fold_weight_norm(module: nn.Module) -> nn.Module:
-    """For inference: every weight as it is after normalisation, no longer computed anew in each pass. Changes state_dict's names."""
-    for part in list(module.modules()):
-        if is_parametrized(part, "weight"):
-            remove_parametrizations(part, "weight")
-    return module
-
-
-class Snake(nn.Module):
-    """x + sin²(αx)/α, with one α a channel: a periodic inductive bias (arXiv 2006.08195)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
-
-    def forward(self, x):  # [B, C, N]
-        return x + (self.alpha * x).sin().square() * (self.alpha + 1e-9).reciprocal()
-
-
-class ResidualUnit(nn.Module):
-    """x + conv₁(snake(conv₇(snake(x)))), the wide one dilated (DAC, arXiv 2306.06546)."""
-
-    def __init__(self, channels: int, dilation: int):
-        super().__init__()
-        self.block = nn.Sequential(
-            Snake(channels), conv(channels, channels, 7, dilation=dilation, padding=3 * dilation),
-            Snake(channels), conv(channels, channels, 1))  # fmt: skip
-
-    def forward(self, x):
-        return x + self.block(x)
-
-
-class EncoderBlock(nn.Module):
-    """Three residual units, then a strided conv that doubles the channels."""
-
-    def __init__(self, channels: int, stride: int):
-        super().__init__()
-        self.block = nn.Sequential(
-            ResidualUnit(channels, 1), ResidualUnit(channels, 3), ResidualUnit(channels, 9), Snake(channels),
-            conv(channels, 2 * channels, 2 * stride, stride, padding=math.ceil(stride / 2)))  # fmt: skip
-
-    def forward(self, x):  # [B, C, N]
-        return self.block(x)  # [B, 2C, N / stride]
-
-
-class Encoder(nn.Module):
-    def __init__(self, channels: int, rates: tuple[int, ...]):
-        super().__init__()
-        blocks = [EncoderBlock(channels * 2**i, rate) for i, rate in enumerate(rates)]
-        self.out_channels = channels * 2 ** len(rates)
-        self.block = nn.Sequential(
-            conv(1, channels, 7, padding=3), *blocks,
-            Snake(self.out_channels), conv(self.out_channels, self.out_channels, 3, padding=1))  # fmt: skip
-
-    def forward(self, wave):  # [B, 1, T]
-        return self.block(wave)  # [B, C, N]
-
-
-class LogMel(nn.Module):
-    """F5-TTS's frames in place of an encoder, without parameters: log of mel magnitudes (HTK scale), clamped at 1e-5, of
-    windows of 1024 samples centred on every hop-th sample."""
-
-    def __init__(self, sample_rate: int, bands: int, hop: int, window: int = 1024):
-        super().__init__()
-        self.window, self.hop = window, hop
-        with torch.device("cpu"):
-            bank = torchaudio.functional.melscale_fbanks(window // 2 + 1, 0, sample_rate / 2, bands, sample_rate).T
-        self.register_buffer("bank", bank, persistent=False)
-
-    def forward(self, wave):  # [B, 1, T]
-        hann = torch.hann_window(self.window, device=wave.device)
-        with torch.autocast(wave.device.type, enabled=False):
-            magnitude = torch.stft(wave[:, 0].float(), self.window, self.hop, window=hann, return_complex=True).abs()
-            return (self.bank @ magnitude[..., :-1]).clamp(min=1e-5).log()  # [B, bands, N]
-
-
-class CausalAttention(nn.Module):
-    """Causal self-attention from a wide input to a narrow output: heads are averaged, then pooled, not concatenated."""
-
-    def __init__(self, dim: int, out_dim: int, heads: int = 8):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.register_buffer("zero_k_bias", torch.zeros(dim), persistent=False)  # a key bias would cancel in the softmax
-        self.out_dim = out_dim
-        self.proj = nn.Linear(out_dim, out_dim)
-
-    def forward(self, x):  # [B, N, D]
-        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).mean(1)  # [B, N, D/H]
-        return self.proj(F.adaptive_avg_pool1d(y, self.out_dim))  # [B, N, out]
-
-
-class GatedMLP(nn.Module):
-    """w2(gelu(w0 v) · w1 v) of v = LayerNorm(x) (GEGLU, arXiv 2002.05202)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.w0, self.w1, self.w2 = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
-
-    def forward(self, x):
-        v = self.norm(x)
-        return self.w2(F.gelu(self.w0(v), approximate="tanh") * self.w1(v))
-
-
-class AttentionProjection(nn.Module):
-    """From the encoder's width to the latent's: y = proj(LN x) + attn(LN x), then y + mlp(LN y).
-
-    Causal, so that a latent frame never depends on how much speech follows it beyond the convolutions' reach."""
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim), CausalAttention(dim, out_dim)
-        self.norm3, self.proj = nn.LayerNorm(dim), nn.Linear(dim, out_dim)
-        self.norm2, self.mlp = nn.LayerNorm(out_dim), GatedMLP(out_dim)
-
-    def forward(self, x):  # [B, N, D]
-        y = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
-        return y + self.mlp(self.norm2(y))  # [B, N, out]
-
-
-class SnakeBeta(nn.Module):
-    """x + sin²(eᵅx)/eᵝ, one α and β a channel (BigVGAN-v2)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x):  # [B, C, N]
-        alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
-        return x + (alpha * x).sin().square() * (beta + 1e-9).reciprocal()
-
-
-def lowpass(taps: int = 12) -> torch.Tensor:
-    """Kaiser-windowed sinc [1, 1, taps] with cut-off at half of the band and unit sum, for resampling by two."""
-    attenuation = 2.285 * (taps // 2 - 1) * math.pi * 4 * 0.3 + 7.95
-    window = torch.kaiser_window(taps, periodic=False, beta=0.1102 * (attenuation - 8.7), dtype=torch.float64)
-    filter = window * torch.sinc(0.5 * (torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2))
-    return (filter / filter.sum()).float()[None, None]
-
-
-class Stencil(torch.autograd.Function):
-    """y[n] = Σᵢ taps[i] · x[n + i], the same for all channels: [B, C, N] → [B, C, N - len(taps) + 1].
-
-    A sum of shifted inputs is what a compiler turns into one pass over memory. Its gradient is written down since it is a
-    stencil again, the taps reversed, where autograd would scatter the slice of each tap into zeros of its own."""
-
-    @staticmethod
-    def forward(ctx, x, taps):
-        ctx.taps, n = taps, x.shape[-1] - len(taps) + 1
-        (i, tap), *others = ((i, tap) for i, tap in enumerate(taps) if tap)
-        y = tap * x[..., i : i + n]
-        for i, tap in others:
-            y = torch.add(y, x[..., i : i + n], alpha=tap)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        zeros = gradient.new_zeros(*gradient.shape[:-1], len(ctx.taps) - 1)
-        return Stencil.apply(torch.cat([zeros, gradient, zeros], dim=-1), ctx.taps[::-1]), None
-
-
-def extend(x, first, last, left: int, right: int):
-    """x [B, C, N] with `first` [B, C, 1] repeated before it, `last` after it. Unlike F.pad's clamped indices, compiles to plain copies."""
-    return torch.cat([first.expand(-1, -1, left), x, last.expand(-1, -1, right)], dim=-1)
-
-
-TAPS = tuple(lowpass().flatten().tolist())
-DOWN_EVEN, DOWN_ODD = TAPS[1::2], TAPS[0::2]  # what the 2x signal's even and odd samples weigh in an output
-UP_EVEN, UP_ODD = (*(2 * f for f in TAPS[11::-2]), 0.0), (0.0, *(2 * f for f in TAPS[10::-2]))  # what inputs weigh in those; 0: both read the same 7
-
-
-class AntiAliasedSnake(nn.Module):
-    """SnakeBeta at twice the rate, so that the harmonics it adds are filtered out before they alias (BigVGAN).
-
-    Resampling by two with 12 taps is two stencils: the 2x signal's even and odd samples are 6-tap sums of inputs, and each
-    output is a 12-tap sum over both. The interleaved 2x signal is never formed. tests/plain.py holds the convolution form
-    that this equals."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.act = SnakeBeta(channels)
-
-    def forward(self, x):  # [B, C, N]
-        x = extend(x, x[..., :1], x[..., -1:], 3, 3)
-        even, odd = self.act(Stencil.apply(x, UP_EVEN)), self.act(Stencil.apply(x, UP_ODD))  # [B, C, N] each
-        first, last = even[..., :1], odd[..., -1:]  # the 2x signal's ends, replicated
-        return Stencil.apply(extend(even, first, last, 2, 3), DOWN_EVEN) + Stencil.apply(extend(odd, first, last, 3, 2), DOWN_ODD)
-
-
-class AMPBlock(nn.Module):
-    """Anti-aliased multi-periodicity block: x += conv(act(conv_dilated(act(x)))) for dilations 1, 3, 5."""
-
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...] = (1, 3, 5)):
-        super().__init__()
-        same = lambda d: conv(channels, channels, kernel, dilation=d, padding=d * (kernel - 1) // 2)
-        self.convs1 = nn.ModuleList(same(d) for d in dilations)
-        self.convs2 = nn.ModuleList(same(1) for _ in dilations)
-        self.activations = nn.ModuleList(AntiAliasedSnake(channels) for _ in range(2 * len(dilations)))
-
-    def forward(self, x):  # [B, C, N]
-        for i, (dilated, plain) in enumerate(zip(self.convs1, self.convs2)):
-            x = x + plain(self.activations[2 * i + 1](dilated(self.activations[2 * i](x))))
-        return x
-
-
-class Decoder(nn.Module):
-    """BigVGAN-v2 (arXiv 2206.04658): upsample, then the mean of AMP blocks with several kernels, stage after stage."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        channels = config.decoder_dim
-        self.conv_pre = conv(config.latent_dim, channels, 7, padding=3)
-        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
-        for rate, kernel in zip(config.decoder_rates, config.decoder_kernels):
-            up = nn.ConvTranspose1d(channels, channels // 2, kernel, rate, padding=(kernel - rate) // 2)
-            self.ups.append(nn.ModuleList([weight_norm(up)]))
-            channels //= 2
-            self.resblocks.extend(AMPBlock(channels, k) for k in config.resblock_kernels)
-        self.activation_post = AntiAliasedSnake(channels)
-        self.conv_post = conv(channels, 1, 7, padding=3, bias=False)
-
-    def forward(self, z):  # [B, D, N]
-        x, kernels = self.conv_pre(z), len(self.resblocks) // len(self.ups)
-        for i, (up,) in enumerate(self.ups):
-            x = up(x)  # [B, C/2, N · rate]
-            x = sum(block(x) for block in self.resblocks[i * kernels : (i + 1) * kernels]) / kernels
-        return self.conv_post(self.activation_post(x)).clamp(-1, 1)  # [B, 1, T]
-
-
-class AlignmentHead(nn.Module):
-    """Makes of latents and SSL features the two that shall be alike: features are interpolated to the latent's frame rate and
-    projected *down* to its width (the paper), or `up`: the latent is projected to theirs (VA-VAE, arXiv 2501.01423)."""
-
-    def __init__(self, ssl_dim: int, latent_dim: int, layers: int = 1, up: bool = False):
-        super().__init__()
-        hidden, self.up = 2 * latent_dim, up
-        self.mix = nn.Parameter(torch.zeros(layers)) if layers > 1 else None
-        self.model = nn.Linear(latent_dim, ssl_dim, bias=False) if up else nn.Sequential(
-            nn.Conv1d(ssl_dim, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
-            nn.Conv1d(hidden, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
-            nn.Conv1d(hidden, latent_dim, 1))  # fmt: skip
-
-    def forward(self, z, features):  # [B, N, latent], [B, S, layers · ssl_dim]
-        if self.mix is not None:  # a weighted sum of the layers (SUPERB, arXiv 2105.01051)
-            features = self.mix.softmax(0) @ features.unflatten(-1, (len(self.mix), -1))  # [B, S, ssl_dim]
-        features = F.interpolate(features.mT, z.shape[1], mode="linear", align_corners=False)  # [B, ssl_dim, N]
-        return (self.model(z).float(), features.mT.float()) if self.up else (z, self.model(features).mT.float())
-
-
-def alignment_loss(z, target, valid=None):
-    """−cos(z, target) over the features, mean over the valid frames, mean over the batch (the paper's alignment loss).
-
-    z is the *sampled* latent [B, N, D], target the head's output, valid [B, N] marks real frames (all, if None). Both sides
-    move: the gradient reaches the encoder through z and the head through target; the SSL model is frozen."""
-    cosine = F.cosine_similarity(z, target, dim=-1)  # [B, N]
-    if valid is None:
-        return -cosine.mean()
-    return -((cosine * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()
-
-
-def upward_alignment_loss(z, projected, features, valid, margin: float = 0.5, pair_margin: float = 0.25):
-    """mean ReLU(1 − m₁ − cos(Wzᵢ, fᵢ)) + mean ReLU(|cos(zᵢ, zⱼ) − cos(fᵢ, fⱼ)| − m₂), over the valid frames i and pairs i, j of an
-    utterance (VA-VAE, arXiv 2501.01423, section 3). z [B, N, D]; projected Wz and features f [B, N, ssl_dim]; valid [B, N]."""
-    unit = lambda x: F.normalize(x, dim=-1)
-    frames = F.relu(1 - margin - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
-    pairs = F.relu((unit(z) @ unit(z).mT - unit(features) @ unit(features).mT).abs() - pair_margin)  # [B, N, N]
-    both = valid[:, :, None] & valid[:, None]
-    return (frames * valid).sum() / valid.sum().clamp(min=1) + (pairs * both).sum() / both.sum().clamp(min=1)
-
-
-def kl_loss(mean, logvar):
-    """KL(q(z|x) ‖ N(0, 1)): summed over the features, mean over batch and frames. The 1e-6 is the authors'."""
-    return -0.5 * (1 + logvar - mean.square() - (logvar.exp() + 1e-6)).sum(-1).mean()
-
-
-class SemanticVAE(Pretrained):
-    """The speech VAE, with the alignment head beside it."""
-
-    BEHIND_LATENTS = ("decoder.", "projectors.")  # the weights that no latent depends on
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        self.config = config
-        if config.mel:
-            self.encoder = LogMel(config.sample_rate, config.latent_dim, config.hop)
-        else:
-            self.encoder = Encoder(config.encoder_dim, config.encoder_rates)
-            self.pre_block = AttentionProjection(self.encoder.out_channels, config.latent_dim)
-            self.fc_mu = nn.Linear(config.latent_dim, config.latent_dim)
-            self.fc_var = nn.Linear(config.latent_dim, config.latent_dim)
-        self.decoder = Decoder(config)
-        self.projectors = AlignmentHead(config.ssl_dim, config.latent_dim, config.ssl_layers, config.align == "up") if config.ssl_dim else None
-
-    def encode(self, wave):
-        """Audio [B, T] → mean, logvar, each [B, N, D] with N = ceil(T / hop). The last frame is filled up with silence."""
-        wave = F.pad(wave, (0, -wave.shape[-1] % self.config.hop))
-        x = self.encoder(wave[:, None]).transpose(1, 2)  # [B, N, C]
-        return (x, torch.full_like(x, -math.inf)) if self.config.mel else self.posterior(self.pre_block(x))
-
-    def posterior(self, x):
-        """[B, N, D] → mean, logvar, both float32."""
-        return self.fc_mu(x).float(), self.fc_var(x).float().clamp(-12, 12)
-
-    def decode(self, z, samples: int | None = None):
-        """Latents [B, N, D] → audio [B, samples], float32 within [-1, 1]; N · hop samples if not told."""
-        return self.decoder(z.transpose(1, 2))[:, 0, :samples].float()  # [B, T]
-
-    def decode_in_pieces(self, z, piece: int = 400, context: int = 32):
-        """decode(z), `piece` frames at a time, so that memory does not grow with the length. `context` frames either side are
-        more than any sample depends on with the paper's kernels (tests/test_model.py)."""
-        waves = []
-        for start in range(0, z.shape[1], piece):
-            left = min(start, context)
-            wave = self.decode(z[:, start - left : start + piece + context])
-            waves.append(wave[:, left * self.config.hop : (left + piece) * self.config.hop])
-        return torch.cat(waves, dim=1)  # [B, N · hop]
-
-    def forward(self, wave, noise, features=None):
-        """One training pass: audio [B, T], noise [B, N, D], SSL features [B, S, ssl_layers · ssl_dim] → reconstruction [B, T], sampled
-        latents z, mean, logvar, all [B, N, D], and (if there is a head) the two that are to be aligned."""
-        mean, logvar = self.encode(wave)
-        z = mean + noise * (0.5 * logvar).exp()
-        aligned = self.projectors(z, features) if self.projectors else None
-        return self.decode(z, wave.shape[-1]), z, mean, logvar, aligned
-
-    def content_hash(self, without: tuple[str, ...] = ("projectors.",)) -> str:
-        """Names these weights (less the alignment head, which no sound depends on) in 16 hex digits."""
-        silent = ("ssl_dim", "ssl_layers", "align")  # the alignment head's
-        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name not in silent and getattr(self.config, f.name) != f.default}
-        digest = hashlib.sha256(json.dumps(settings).encode())  # without the defaults, so that a new setting renames nothing
-        for name, value in sorted(self.state_dict().items()):
-            if not name.startswith(without):
-                digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def latents_hash(self) -> str:
-        """Names the latents: VAEs that differ in their decoder alone (train_vae.py --encoder-lr 0) can decode each other's."""
-        return self.content_hash(without=self.BEHIND_LATENTS)
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path):
-        """Also reads the authors' release: a folder with metainfo.json and dac/."""
-        folder = local_folder(name)
-        return cls.from_authors(folder) if (folder / "metainfo.json").exists() else super().from_pretrained(folder)
-
-    @classmethod
-    def from_authors(cls, folder: Path):
-        """The authors' weights, every key accounted for by name and shape; sizes are read off the shapes."""
-        path = folder / "dac" / "ema_state_dict.pth"
-        path = path if path.exists() else folder / "dac" / "weights.pth"
-        tensors = load_torch(path)
-        tensors = tensors.get("state_dict", tensors)
-        if path.stem == "ema_state_dict":
-            tensors = {k: v for k, v in tensors.items() if k not in ("initted", "step")}  # the EMA's own counters
-            tensors = {k.removeprefix("ema_model."): v for k, v in tensors.items()}
-        try:
-            first, head = tensors["encoder.block.0.bias"], tensors.get("projectors.model.0.weight")
-            config = VAEConfig(encoder_dim=len(first), latent_dim=len(tensors["fc_mu.bias"]), ssl_dim=0 if head is None else head.shape[1],
-                               decoder_dim=len(tensors["decoder.conv_pre.bias"]))  # fmt: skip
-        except KeyError as e:
-            raise InputError(f"{path} is not the authors' release: no {e}") from e
-        model = cls(config)
-        constants = {"filter": lowpass(), "zero_k_bias": torch.zeros(1)}  # buffers that we compute: only checked
-        for name in [k for k in tensors if k.rsplit(".")[-1] in constants]:
-            value, expected = tensors.pop(name), constants[name.rsplit(".")[-1]]
-            if not torch.allclose(value.float(), expected, atol=1e-6):
-                raise InputError(f"{path}: {name} differs from the {name.rsplit('.')[-1]} this model computes")
-        load_exactly(model, tensors, path)
-        return model.eval()
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Stage 2: the DiT.
-
-
-def spread_evenly(text, counts, lengths):
-    """Average upsampling (ZipVoice): stretch each utterance's text over its frames.
-
-    text [B, N, D] holds counts [B] characters on the left. Each of n characters gets frames // n frames, the last
-    frames % n one more; utterances without text stay as they are."""
-    n = torch.minimum(counts, lengths).clamp(min=1)[:, None]
-    frame = torch.arange(text.shape[1], device=text.device)  # [N]
-    each, short = lengths[:, None] // n, n - lengths[:, None] % n  # the first `short` characters get `each` frames
-    index = torch.where(frame < short * each, frame // each.clamp(min=1), short + (frame - short * each) // (each + 1))
-    spread = text.gather(1, index.clamp(0, text.shape[1] - 1)[..., None].expand_as(text))
-    inside = (frame < lengths[:, None]) & (counts[:, None] > 0)
-    return torch.where(inside[..., None], spread, text)
-
-
-class GlobalResponseNorm(nn.Module):
-    """γ · (x · n) + β + x, where n is each channel's norm over the frames, relative to the mean channel (ConvNeXt-V2)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, dim))
-        self.beta = nn.Parameter(torch.zeros(1, 1, dim))
-
-    def forward(self, x, inside):  # [B, N, D]; inside [B, N, 1] keeps a batch's padding out of the norm
-        norm = (x * inside).norm(dim=1, keepdim=True)  # [B, 1, D]
-        return self.gamma * (x * (norm / (norm.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
-
-
-class ConvNeXtBlock(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.dwconv = nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pwconv1, self.grn, self.pwconv2 = nn.Linear(dim, 2 * dim), GlobalResponseNorm(2 * dim), nn.Linear(2 * dim, dim)
-
-    def forward(self, x, inside):  # [B, N, D]
-        y = self.norm(self.dwconv(x.transpose(1, 2)).transpose(1, 2))
-        return x + self.pwconv2(self.grn(F.gelu(self.pwconv1(y)), inside))
-
-
-class TextEmbedding(nn.Module):
-    """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, and (optionally) even spreading."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.spread = config.text_upsample
-        self.text_embed = nn.Embedding(config.text_symbols + 1, config.text_dim)  # row 0 is the filler
-        self.text_blocks = nn.ModuleList(ConvNeXtBlock(config.text_dim) for _ in range(config.text_layers))
-
-    def forward(self, text, lengths, frames: int, drop=None):
-        """text [B, L] of symbols, -1 behind its end; lengths [B] in frames; drop [B] bool → [B, frames, text_dim]."""
-        text = F.pad(text + 1, (0, max(0, frames - text.shape[1])))[:, :frames]  # padded with filler, or cut
-        frame = torch.arange(frames, device=text.device)
-        inside = frame < lengths[:, None]  # [B, N]
-        filled = (text > 0) & inside  # where the true text is: kept when the text is dropped
-        if drop is not None:
-            text = text.masked_fill(drop[:, None], 0)
-        x = (self.text_embed(text) + sinusoids(frame, self.text_embed.embedding_dim)) * filled[..., None]  # [B, N, D]
-        for block in self.text_blocks:
-            x = block(x, inside[..., None]) * filled[..., None]
-        return spread_evenly(x, filled.sum(1), lengths) if self.spread else x
-
-
-def sinusoids(position, dim: int, base: float = 10000.0):
-    """Positions [N] → [N, dim], cosines first."""
-    angle = position[:, None] * base ** (-torch.arange(0, dim, 2, device=position.device) / dim)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
-def rotate(x, angle):
-    """Rotary position (arXiv 2104.09864): turn each adjacent pair of channels of x [B, N, H, D] by angle [N, D/2]."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle[:, None].cos(), angle[:, None].sin()
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
-
-
-class TimeEmbedding(nn.Module):
-    def __init__(self, width: int, sinusoids: int = 256):
-        super().__init__()
-        half = sinusoids // 2
-        self.register_buffer("rate", 1000 * torch.exp(-math.log(10000) * torch.arange(half) / (half - 1)), persistent=False)
-        self.time_mlp = nn.Sequential(nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t):  # [B]
-        angle = t[:, None] * self.rate
-        return self.time_mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))  # [B, D]
-
-
-class ConvPosition(nn.Module):
-    """Two grouped convolutions tell neighbours apart; padding is zeroed around each, so a batch is as one by one."""
-
-    def __init__(self, width: int, kernel: int = 31, groups: int = 16):
-        super().__init__()
-        grouped = lambda: nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
-        self.conv1d = nn.Sequential(grouped(), nn.Mish(), grouped(), nn.Mish())
-
-    def forward(self, x, inside):  # [B, N, D], [B, N, 1]
-        first, mish, second, _ = self.conv1d
-        x, inside = (x * inside).transpose(1, 2), inside.transpose(1, 2)  # [B, D, N]
-        return (mish(second(mish(first(x)) * inside)) * inside).transpose(1, 2)
-
-
-class InputEmbedding(nn.Module):
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.proj = nn.Linear(2 * config.latent_dim + config.text_dim, config.width)
-        self.conv_pos_embed = ConvPosition(config.width)
-
-    def forward(self, x, prompt, text, inside):
-        x = self.proj(torch.cat([x, prompt, text], dim=-1))  # [B, N, D]
-        return x + self.conv_pos_embed(x, inside)
-
-
-class Modulation(nn.Module):
-    """AdaLN: `chunks` vectors [B, 1, D] from the time embedding, zero at first (DiT, arXiv 2212.09748)."""
-
-    def __init__(self, width: int, chunks: int):
-        super().__init__()
-        self.linear, self.chunks = nn.Linear(width, chunks * width), chunks
-
-    def forward(self, t):  # [B, D]
-        return self.linear(F.silu(t))[:, None].chunk(self.chunks, dim=-1)
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
-
-    def forward(self, x, angle, inside):  # [B, N, D]; angle [N, D/H/2]; inside [B, N, 1]
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.to_q, self.to_k, self.to_v))  # [B, N, H, D/H]
-        # Eight more channels mask the padding: 0 in v, 1 in q, and in k 0 or, behind the end, what no softmax lets through. With a
-        # mask instead, fast kernels would stay away, and compiled for all lengths its gradient fails at the second (torch 2.11).
-        size, behind = q.shape[-1], ((~inside) * -1e4)[..., None].expand(-1, -1, self.heads, 8).type_as(k)
-        q, k, v = torch.cat([rotate(q, angle), torch.ones_like(behind)], -1), torch.cat([rotate(k, angle), behind], -1), F.pad(v, (0, 8))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, N, D/H + 8]
-        y = F.scaled_dot_product_attention(q, k, v, scale=size**-0.5)[..., :size]
-        return self.to_out(y.transpose(1, 2).flatten(2))  # [B, N, D]
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, mult: int):
-        super().__init__()
-        self.ff = nn.Sequential(
-            nn.Sequential(nn.Linear(width, mult * width), nn.GELU(approximate="tanh")),
-            nn.Identity(),  # a dropout in F5-TTS: keeps the parameters' names
-            nn.Linear(mult * width, width))  # fmt: skip
-
-    def forward(self, x):
-        return self.ff(x)
-
-
-class DiTBlock(nn.Module):
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.attn_norm = Modulation(config.width, 6)
-        self.attn = Attention(config.width, config.heads)
-        self.ff = FeedForward(config.width, config.ff_mult)
-
-    def forward(self, x, t, angle, inside):  # [B, N, D]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.attn_norm(t)
-        x = x + gate1 * self.attn(normalize(x) * (1 + scale1) + shift1, angle, inside)
-        return x + gate2 * self.ff(normalize(x) * (1 + scale2) + shift2)
-
-
-def normalize(x):
-    """LayerNorm without parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-class DiT(Pretrained):
-    """Velocity field of the flow from noise to standardised latents, given prompt and text (F5-TTS, arXiv 2410.06885)."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.config = config
-        self.time_embed = TimeEmbedding(config.width)
-        self.text_embed = TextEmbedding(config)
-        self.input_embed = InputEmbedding(config)
-        self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
-        self.norm_out = Modulation(config.width, 2)
-        self.proj_out = nn.Linear(config.width, config.latent_dim)
-        head_dim = config.width // config.heads
-        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False)
-        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))  # of the VAE's latents, over the training split
-        self.register_buffer("latent_std", torch.ones(config.latent_dim))
-        # Zero AdaLN and output: at first every block is the identity, and the velocity 0. All else is PyTorch's default.
-        for linear in [self.norm_out.linear, self.proj_out] + [b.attn_norm.linear for b in self.transformer_blocks]:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def standardize(self, z):
-        """The VAE's latents [..., D] → zero mean, unit variance a channel, as the DiT sees them."""
-        return (z - self.latent_mean) / self.latent_std
-
-    def destandardize(self, x):
-        return x * self.latent_std + self.latent_mean
-
-    def forward(self, x, prompt, text, t, lengths):
-        """Velocity [B, N, D] at time t [B] of noised latents x, prompt latents (zero elsewhere), both [B, N, D], and
-        text [B, N, text_dim] from `text_embed`. lengths [B] in frames: what lies behind is ignored and ignores."""
-        frame = torch.arange(x.shape[1], device=x.device)
-        inside = frame < lengths[:, None]  # [B, N]
-        angle = frame[:, None] * self.inv_freq  # [N, D/H/2]
-        t = self.time_embed(t)  # [B, D]
-        x = self.input_embed(x, prompt, text, inside[..., None])  # [B, N, D]
-        for block in self.transformer_blocks:
-            x = block(x, t, angle, inside[..., None])
-        scale, shift = self.norm_out(t)
-        return self.proj_out(normalize(x) * (1 + scale) + shift)  # [B, N, latent]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Flow matching (arXiv 2210.02747), as text-guided speech infilling (Voicebox, F5-TTS).
-
-
-def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text):
-    """Sum over the span's frames of the squared error (mean over features), and the number of those frames.
-
-    x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths [B];
-    drop_* [B] bool for classifier-free guidance. Returns two scalars, to be divided over the whole (global) batch."""
-    x_t = (1 - t)[:, None, None] * noise + t[:, None, None] * x  # the straight path from noise to data
-    prompt = x.masked_fill((span | drop_prompt[:, None])[..., None], 0)
-    embedded = dit.text_embed(text, lengths, x.shape[1], drop_text)
-    velocity = dit(x_t, prompt, embedded, t, lengths).float()
-    error = (velocity - (x - noise)).square().mean(-1)  # [B, N]
-    return (error * span).sum(), span.sum()
-
-
-@torch.no_grad()
-def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0, sway=-1.0, progress=lambda x: x):
-    """Integrate the flow by Euler's method from `noise` to latents, both [B, N, D] and standardised.
-
-    prompt [B, N, D] holds each prompt's latents in its first prompt_lengths frames; text [B, L] is prompt and target
-    text; lengths [B] prompt and target frames. Guidance: v + cfg · (v − v_unconditional). Sway: steps closer to the
-    noise where sway < 0 (F5-TTS sway sampling). `progress` wraps the steps. The prompt is written over the result."""
-    given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
-    prompt = prompt * given
-    keep, drop = torch.zeros_like(lengths, dtype=torch.bool), torch.ones_like(lengths, dtype=torch.bool)
-    embedded = dit.text_embed(text, lengths, noise.shape[1], keep)
-    if cfg:  # one batch of two: with and without prompt and text
-        embedded = torch.cat([embedded, dit.text_embed(text, lengths, noise.shape[1], drop)])
-        prompt_both, lengths = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([lengths, lengths])
-    t = torch.linspace(0, 1, steps + 1, device=noise.device)
-    t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
-    x = noise
-    for now, after in progress(list(zip(t[:-1], t[1:]))):
-        if cfg:
-            v, v_unconditional = dit(torch.cat([x, x]), prompt_both, embedded, now.expand(len(lengths)), lengths).float().chunk(2)
-            v = v + cfg * (v - v_unconditional)
-        else:
-            v = dit(x, prompt, embedded, now.expand(len(lengths)), lengths).float()
-        x = x + (after - now) * v
-    return torch.where(given, prompt, x)
+    try:
+        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (AttributeError, TypeError) as e:  # not an object, or a name that is not a setting
+        raise InputError(f"{path} has other settings than {config_class.__name__}: {e}") from e
+    for name, value in vars(config).items():
+        entries = value if isinstance(value, tuple) else [value]
+        if type(value) is not type(getattr(config_class, name)) or isinstance(value, tuple) and any(type(n) is not int for n in entries):
+            raise InputError(f"{path} has a setting of the wrong kind: {name} {value!r}")
+        layers = value if name in ("depth", "text_layers") else len(entries)
+        if layers > most or any(type(n) is int and not 0 <= n < 200_000 for n in entries):
+            raise InputError(f"{path} has a size that its weights cannot have: {name} {value}")
+    return config
+
+
+def rebuild(kind, config, tensors: dict[str, torch.Tensor], source) -> nn.Module:
+    """kind(config) with these weights, in eval mode. What is missing, left over or of another shape is an InputError that names it."""
+    try:
+        with torch.device("meta"):  # sizes are held against the file before memory is spent on them
+            module = kind(config)
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as e:
+        raise InputError(f"{source} does not describe a {kind.__name__}: {e}") from e
+    own, found = ({k: list(v.shape) for k, v in weights.items()} for weights in (module.state_dict(), tensors))
+    wrong = [f"lacks {k}" for k in own if k not in found] + [f"has unknown {k}" for k in found if k not in own]
+    wrong += [f"has other shapes: {k}: found {found[k]}, expected {own[k]}" for k in own if k in found and found[k] != own[k]]
+    if wrong:
+        raise InputError(f"{source} does not fit {kind.__name__}: it {', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}")
+    module.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in tensors.items()}, assign=True)  # a copy: the file is mapped
+    return module.eval()

@@ -17,7 +17,6 @@ Killed at any moment and run again, it continues and ends with the same bytes.
 """
 
 import argparse
-import csv
 import datetime
 import hashlib
 import json
@@ -41,7 +40,7 @@ import torch.distributed as dist
 import torchaudio
 from tqdm import tqdm
 
-from model import InputError, LogMel, SemanticVAE, read_json, write_atomic
+from model import InputError, LogMel, SemanticVAE, read_json, write_atomic, write_json
 
 try:
     import fcntl
@@ -82,39 +81,16 @@ def cli(main) -> None:
     try:
         main()
         barrier()  # leave together: a rank that exits while Gloo still holds its tensors may be aborted
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as e:
-        print(f"error: the GPU is out of memory: lower --micro-batch (train_vae.py), --micro-seconds (train_tts.py), --batch-seconds (prepare.py) or --batch-size (sample.py): {e}", file=sys.stderr)
+    except (InputError, torch.OutOfMemoryError) as e:
+        flags = "--micro-batch (train_vae.py), --micro-seconds (train_tts.py), --batch-seconds (prepare.py) or --batch-size (sample.py)"
+        print(f"error: {'' if isinstance(e, InputError) else f'the GPU is out of memory: lower {flags}: '}{e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
-        print("interrupted: nothing is lost, run the command again", file=sys.stderr)
+        print("interrupted: run the command again, a training with --resume", file=sys.stderr)
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-class Stop:
-    """For loops that need not be interrupted in the middle: SIGTERM and Ctrl-C are noted, and all ranks stop after the same step."""
-
-    def __init__(self):
-        self.number = 0
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # the CPUs agree, no GPU is waited for
-        signal.signal(signal.SIGTERM, self.note), signal.signal(signal.SIGINT, self.note)
-
-    def note(self, number, frame):
-        if self.number:  # twice: at once
-            raise KeyboardInterrupt(number)
-        self.number = number
-
-    def agreed(self) -> int:
-        """The signal that any rank has heard; 0: none."""
-        number = torch.tensor(self.number)
-        if self.group:
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-        return number.item()
 
 
 def lock(folder: Path):
@@ -124,20 +100,17 @@ def lock(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a loader's process would hold on to
         else:
             print(f"this system has no file locks: start no second command that writes to {folder}")
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", file=file, flush=True)
+        return file
     except BlockingIOError:
         file.seek(0)
-        if not (owner := file.read().strip()).startswith(f"process {os.getpid()} on {platform.node()},"):
-            raise InputError(f"{folder} is in use by {owner or 'another process'}: wait for it, or choose another --out") from None
-        return file
+        raise InputError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or choose another --out") from None
     except OSError as e:
         raise InputError(f"cannot write in {folder}: {e}") from e
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n")
-    file.flush()
-    return file
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -152,7 +125,7 @@ def normalize_text(text: str, mode: str) -> str:
         raise InputError(f"not UTF-8: {text!r}")
     text = unicodedata.normalize("NFC", text).replace("’", "'")
     if mode == "plain":
-        text = "".join(c if unicodedata.category(c)[0] in "LMN'" or c == "'" else " " for c in text.lower())
+        text = "".join(c if unicodedata.category(c)[0] in "LMN" or c == "'" else " " for c in text.lower())
         text = " ".join(w.strip("'") for w in text.split())
     return " ".join(text.split())
 
@@ -171,20 +144,24 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
         raise InputError(f"{path} holds no samples")
     if source_rate * rate / math.gcd(source_rate, rate) ** 2 > 1 << 26:  # its filters would fill the memory
         raise InputError(f"cannot read {path}: {source_rate} Hz has too little in common with {rate} Hz: resample it first")
-    wave = torch.from_numpy(np.concatenate(blocks))
-    return torchaudio.functional.resample(wave, source_rate, rate).numpy()
+    return resample(np.concatenate(blocks), source_rate, rate)
+
+
+def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    return torchaudio.functional.resample(torch.from_numpy(wave), rate, wanted).numpy()
 
 
 def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
     write_atomic(path, lambda p: sf.write(p, wave, rate, format="WAV", subtype="PCM_16"))
 
 
-def frame_count(samples: int, sample_rate: int, frame_rate) -> int:
+def frame_count(samples, sample_rate: int, frame_rate):
     """Frames that `samples` fill at `frame_rate` a second, the last one perhaps in part: the one rule for all arrays.
 
     Latents have sample_rate / hop frames a second. SSL models make a frame or so less than this, since their front end
     does not pad; their last frame is then repeated. Frame i of any array thus starts at i / frame_rate seconds."""
-    return math.ceil(Fraction(samples, sample_rate) * Fraction(frame_rate))
+    ratio = Fraction(frame_rate) / Fraction(sample_rate)
+    return -(-samples * ratio.numerator // ratio.denominator)  # rounded up
 
 
 def repeat_last(features: torch.Tensor, count: int) -> torch.Tensor:
@@ -211,20 +188,23 @@ class Data:
             self.samples = np.array([int(c["samples"]) for c in self.clips])
             self.arrays, self.offsets = {}, {}
             for name in need:
-                shape, counts = self.meta[name]["shape"], self.counts(name)
+                shape, offsets = self.meta[name]["shape"], self.offsets_at(self.meta[name]["rate"])
                 path, dtype = self.folder / f"{name}.bin", np.dtype(self.meta[name]["dtype"])
                 found, expected = path.stat().st_size, math.prod(shape) * dtype.itemsize
-                if found != expected or counts.sum() != shape[0] or counts.min(initial=0) < 0:
-                    raise ValueError(f"{path} has {found} bytes, expected {expected} in {counts.sum()} rows")
+                if found != expected or offsets[-1] != shape[0] or self.samples.min(initial=0) < 0:
+                    raise ValueError(f"{path} has {found} bytes, expected {expected} in {offsets[-1]} rows")
                 self.arrays[name] = np.memmap(path, dtype, "r", shape=tuple(shape))
-                self.offsets[name] = np.concatenate([[0], counts.cumsum()])
+                self.offsets[name] = offsets
         except (ArithmeticError, AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as e:
             raise InputError(f"{folder} is damaged ({type(e).__name__}: {e}): remove it and run prepare.py again") from e
 
+    def offsets_at(self, rate) -> np.ndarray:
+        """Where each clip begins in an array of `rate` rows a second, and where the last one ends."""
+        return np.concatenate([[0], frame_count(self.samples, self.rate, rate).cumsum()])
+
     def counts(self, name: str) -> np.ndarray:
         """Rows of array `name` that each clip has."""
-        rate = Fraction(self.meta[name]["rate"])
-        return np.array([frame_count(int(n), self.rate, rate) for n in self.samples])
+        return np.diff(self.offsets[name])
 
     def split(self, name: str) -> list[int]:
         return [i for i, c in enumerate(self.clips) if c["split"] == name]
@@ -243,20 +223,17 @@ class Data:
 
 def from_manifest(path: Path):
     """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths relative to it."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8 (byte {e.start}): save it as UTF-8") from e
-    csv.field_size_limit(1 << 30)
-    rows = csv.DictReader((line for line in lines if line.strip()), delimiter="|", quoting=csv.QUOTE_NONE)
+    lines = enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
+    (_, header), *rows = [(n, line.split("|")) for n, line in lines if line.strip()] or [(1, [])]
     for column in ("audio", "speaker", "text"):
-        if column not in (rows.fieldnames or []):
-            raise InputError(f"{path} has no column {column}: its first line is {'|'.join(rows.fieldnames or [])!r}, expected audio|speaker|text")
-    for row in rows:
-        if None in row or None in row.values():
-            raise InputError(f"{path}, line {rows.line_num}: found {sum(v is not None for v in row.values())} columns, expected {len(rows.fieldnames)}")
+        if column not in header:
+            raise InputError(f"{path} has no column {column}: its first line is {'|'.join(header)!r}, expected audio|speaker|text")
+    for n, values in rows:
+        if len(values) != len(header):
+            raise InputError(f"{path}, line {n}: found {len(values)} columns, expected {len(header)}")
+        row = dict(zip(header, values))
         if row.get("split", "") not in ("", "train", "valid", "test"):
-            raise InputError(f"{path}, line {rows.line_num}: split is {row['split']!r}, expected train, valid or test")
+            raise InputError(f"{path}, line {n}: split is {row['split']!r}, expected train, valid or test")
         yield row["audio"], path.parent / row["audio"], row["speaker"], row["text"], row.get("split", "")
 
 
@@ -292,31 +269,27 @@ def from_ljspeech(root: Path):
         yield f"wavs/{name}.wav", root / "wavs" / f"{name}.wav", "LJ", texts[-1] if texts else "", ""
 
 
-LAYOUTS = {  # name: (a path that only this layout has, its reader)
-    "manifest": ("manifest.csv", lambda root: from_manifest(root / "manifest.csv")),
-    "libritts": ("**/*.normalized.txt", from_libritts),
-    "librispeech": ("**/*.trans.txt", from_librispeech),
-    "vctk": ("txt/*/*.txt", from_vctk),
-    "ljspeech": ("metadata.csv", from_ljspeech),
+LAYOUTS = {  # a path that only this layout has: its reader
+    "manifest.csv": lambda root: from_manifest(root / "manifest.csv"),
+    "**/*.normalized.txt": from_libritts,
+    "**/*.trans.txt": from_librispeech,
+    "txt/*/*.txt": from_vctk,
+    "metadata.csv": from_ljspeech,
 }
 
 
-def list_clips(source: Path, layout: str) -> list[tuple]:
+def list_clips(source: Path) -> list[tuple]:
     """All clips of a manifest or folder, sorted by id."""
-    if source.is_file():
-        clips = from_manifest(source)
-    elif source.is_dir():
-        found = [name for name, (pattern, _) in LAYOUTS.items() if layout in (name, "auto") and next(source.glob(pattern), None)]
-        if not found:
-            expected = "; ".join(f"{name}: {pattern}" for name, (pattern, _) in LAYOUTS.items() if layout in (name, "auto"))
-            raise InputError(f"no speech found in {source} (looked for {expected})")
-        clips = LAYOUTS[found[0]][1](source)
-    else:
+    if not source.exists():
         raise InputError(f"no such file or folder: {source}")
+    read = from_manifest if source.is_file() else next((read for pattern, read in LAYOUTS.items() if next(source.glob(pattern), None)), None)
+    if not read:
+        raise InputError(f"no speech found in {source} (looked for {', '.join(LAYOUTS)})")
     try:
-        clips = sorted(clips)
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read the transcripts of {source}: {e}; they must be UTF-8") from e
+        clips = sorted(read(source))
+        "".join(name + speaker for name, _, speaker, _, _ in clips).encode()
+    except (OSError, UnicodeError) as e:
+        raise InputError(f"cannot read the transcripts of {source}, or one, or a file's name, is not UTF-8: {e}") from e
     if not clips:
         raise InputError(f"{source} lists no clips")
     for name, _, speaker, _, _ in clips:  # which the index could not hold
@@ -331,62 +304,78 @@ def download(subsets: str, root: Path) -> list[Path]:
     for name in subsets.split(","):
         corpus, _, subset = name.rpartition(":")
         dataset, inside = (torchaudio.datasets.LIBRISPEECH, "LibriSpeech") if corpus == "librispeech" else (torchaudio.datasets.LIBRITTS, "LibriTTS")
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            dataset(root, url=subset, download=True)
-        except Exception as e:  # torchaudio raises what urllib, tarfile and its own checks raise
-            raise InputError(f"cannot download {name}: {e}") from e
-        folders.append(root / inside / subset)
+        partial, folder = root / "partial", root / inside / subset
+        if not folder.is_dir():
+            shutil.rmtree(partial / inside / subset, ignore_errors=True)  # torchaudio would take a half unpacked one for the whole
+            partial.mkdir(parents=True, exist_ok=True)
+            try:
+                dataset(partial, url=subset, download=True)
+            except Exception as e:  # torchaudio raises what urllib, tarfile and its own checks raise
+                raise InputError(f"cannot download {name}: {e}") from e
+            folder.parent.mkdir(exist_ok=True)
+            os.replace(partial / inside / subset, folder)
+        folders.append(folder)
     return folders
 
 
 # --------------------------------------------------------------------------------------------------------------
-# The passes: check every clip, then fill audio, SSL features and latents, each chunk by chunk.
+# The passes: audio, SSL features and latents, each chunk by chunk.
 
 
-def each_chunk(work: Path, name: str, count: int, do, rank: int, world: int) -> None:
-    """do(k) for this rank's share of the chunks 0 … count-1 that are not marked as done; do returns how to say "done"."""
-    work.mkdir(parents=True, exist_ok=True)
-    todo = [k for k in range(rank, count, world) if not (work / f"{name}-{k}").exists()]
+def each_chunk(args, name: str, count: int, do, rank: int, world: int) -> list[Path]:
+    """do(part) for this rank's share of the clips 0 … count-1, args.chunk at a time, that is not marked as done. What it returns stands in
+    the marks, which are returned."""
+    marks = [args.out / "work" / f"{name}-{k}" for k in range(math.ceil(count / args.chunk))]
+    todo = [k for k in range(rank, len(marks), world) if not marks[k].exists()]
     for k in tqdm(todo, desc=name, unit="chunk", disable=rank > 0, mininterval=1):
-        note = do(k)
-        write_atomic(work / f"{name}-{k}", lambda p: p.write_text(json.dumps(note), encoding="utf-8"))
+        note = json.dumps(do(range(count)[k * args.chunk : (k + 1) * args.chunk]))
+        write_atomic(marks[k], lambda p: p.write_text(note, encoding="utf-8"))
     barrier()
+    return marks
 
 
-def check_clip(clip, args):
-    """(samples, "") of a clip that is fit for training, else (0, why it is not)."""
+def read_clip(clip, args) -> tuple[bytes, str]:
+    """The int16 samples of a clip that is fit for training; else none, and why it is not."""
     _, path, _, text, _ = clip
-    if not normalize_text(text, args.text):
-        return 0, "empty text"
     try:
         wave = read_audio(path, args.sample_rate)
     except InputError as e:
-        return 0, "no samples" if "no samples" in str(e) else "unreadable"
-    if not np.isfinite(wave).all():
-        return 0, "non-finite samples"
-    if len(wave) < args.min_seconds * args.sample_rate:
-        return 0, f"shorter than {args.min_seconds} s"
-    if len(wave) > args.max_seconds * args.sample_rate:
-        return 0, f"longer than {args.max_seconds} s"
-    if np.abs(wave).max() < 1e-3:
-        return 0, "silent"
-    return len(wave), ""
+        return b"", "no samples" if "no samples" in str(e) else "unreadable"
+    checks = {
+        "empty text": not normalize_text(text, args.text),
+        "non-finite samples": not np.isfinite(wave).all(),
+        f"shorter than {args.min_seconds} s": len(wave) < args.min_seconds * args.sample_rate,
+        f"longer than {args.max_seconds} s": len(wave) > args.max_seconds * args.sample_rate,
+        "silent": np.abs(wave).max() < 1e-3,
+    }
+    why = next((reason for reason, found in checks.items() if found), "")
+    return b"" if why else (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), why
 
 
-def make_index(clips, args, out: Path, rank: int, world: int) -> None:
-    """Check every clip, then write index.tsv, dropped.tsv and the first meta.json."""
-    work = out / "work"
-    chunks = math.ceil(len(clips) / args.chunk)
+def fill_audio(clips, args, rank: int, world: int) -> None:
+    """Read every clip; then write audio.bin, dropped.tsv, index.tsv and the first meta.json."""
+    out, part_file = args.out, lambda start: args.out / "work" / f"{start}.audio"
+
+    def read(part):
+        found = list(pool.map(lambda i: read_clip(clips[i], args), part))
+        write_atomic(part_file(part.start), lambda p: p.write_bytes(b"".join(samples for samples, _ in found)))
+        return [(len(samples) // 2, why) for samples, why in found]
+
+    def join(path):
+        with open(path, "wb") as f:
+            for start in range(0, len(clips), args.chunk):
+                f.write(part_file(start).read_bytes())
+
     with ThreadPoolExecutor(args.workers) as pool:
-        each_chunk(work, "check", chunks, lambda k: list(pool.map(lambda c: check_clip(c, args), clips[k * args.chunk : (k + 1) * args.chunk])), rank, world)
+        marks = each_chunk(args, "audio", len(clips), read, rank, world)
     if rank > 0:
         return
-    verdicts = [v for k in range(chunks) for v in json.loads((work / f"check-{k}").read_text())]
+    verdicts = [v for mark in marks for v in json.loads(mark.read_text(encoding="utf-8"))]
     kept = [(*clip, samples) for clip, (samples, _) in zip(clips, verdicts) if samples]
     dropped = [(clip[0], why) for clip, (_, why) in zip(clips, verdicts) if why]
     write_atomic(out / "dropped.tsv", lambda p: p.write_text("".join(f"{name}\t{why}\n" for name, why in dropped), encoding="utf-8"))
     if not kept:
+        shutil.rmtree(out / "work")  # mended, they are looked at again
         raise InputError(f"all {len(clips)} clips were dropped; the reasons are in {out / 'dropped.tsv'}, the first: {dropped[0][1]}")
     if not any(c[4] for c in kept):  # no split given: the clips whose names hash lowest are for validation
         order = sorted(range(len(kept)), key=lambda i: zlib.crc32(kept[i][0].encode()))
@@ -394,75 +383,67 @@ def make_index(clips, args, out: Path, rank: int, world: int) -> None:
         kept = [(*c[:4], "valid" if i in chosen else "train", c[5]) for i, c in enumerate(kept)]
     line = lambda name, path, speaker, text, split, samples: f"{name}\t{split or 'train'}\t{speaker}\t{samples}\t{normalize_text(text, args.text)}\n"
     write_atomic(out / "index.tsv", lambda p: p.write_text("id\tsplit\tspeaker\tsamples\ttext\n" + "".join(line(*c) for c in kept), encoding="utf-8"))
+    write_atomic(out / "audio.bin", join)
     total = sum(c[5] for c in kept)
-    meta = dict(format=1, sample_rate=args.sample_rate, text=args.text, teacher=args.ssl, layer=args.layer, sources=[str(s) for s in args.source], clips=len(kept),
-                hours=round(total / args.sample_rate / 3600, 4), speakers=len({c[2] for c in kept}), dropped=len(dropped),
-                max_seconds=round(max(c[5] for c in kept) / args.sample_rate, 3))  # fmt: skip
-    write_atomic(out / "index.json", lambda p: p.write_text(json.dumps(meta)))  # becomes meta.json when the audio is there
+    meta = dict(sample_rate=args.sample_rate, text=args.text, teacher=args.ssl, layer=args.layer, sources=[str(s) for s in args.source], clips=len(kept),
+                hours=round(total / args.sample_rate / 3600, 4), speakers=len({c[2] for c in kept}), audio=dict(shape=[total], dtype="int16", rate=args.sample_rate))  # fmt: skip
+    write_json(out / "meta.json", meta)
 
 
-def fill(out: Path, name: str, settings: dict, rows: int, width: tuple, dtype: str, make, chunks: int, rank: int, world: int) -> None:
-    """Fill `name`.bin [rows, *width] in place: make(k) gives (first row, array) of chunk k of the clips.
+def reserve(path: Path, size: int) -> None:
+    """A file of `size` bytes that the disk has room for: written through a map, a full disk would kill the process without a word."""
+    with open(path, "wb") as f:
+        os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.truncate(size)
 
-    Every rank writes its chunks into one file that becomes `name`.bin when all are done; what another model or VAE left
-    half-done is begun anew."""
-    work, shape = out / "work", (rows, *width)
-    stamp, path = work / f"{name}.json", work / f"{name}.bin"
-    if rank == 0 and (not stamp.exists() or json.loads(stamp.read_text()) != settings or not path.exists()):
-        for old in work.glob(f"{name}-*"):
-            old.unlink()
-        work.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as f:
-            f.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
-        write_atomic(stamp, lambda p: p.write_text(json.dumps(settings)))
+
+def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int, world: int) -> tuple[np.memmap, np.ndarray]:
+    """A file for array `name` [rows, *width], filled in place: make(part) gives the rows of these clips. Returns it and its offsets.
+
+    Every rank writes its chunks into the one file; what another pass, model or VAE left half-done is removed."""
+    work, offsets = args.out / "work", data.offsets_at(entry["rate"])
+    path, shape = work / f"{zlib.crc32(json.dumps([entry, args.chunk]).encode())}.bin", (int(offsets[-1]), *width)
+    if rank == 0 and not path.exists():
+        shutil.rmtree(work, ignore_errors=True)
+        write_atomic(path, lambda p: reserve(p, 2 * math.prod(shape)))
     barrier()
-    array = np.memmap(path, dtype, "r+", shape=shape)
+    array = np.memmap(path, "float16", "r+", shape=shape)
 
-    def do(k):
-        first, values = make(k)
-        array[first : first + len(values)] = values
+    def do(part):
+        array[offsets[part.start] : offsets[part.stop]] = make(part).half().cpu().numpy()
         array.flush()
 
-    each_chunk(work, name, chunks, do, rank, world)
+    each_chunk(args, name, len(data.clips), do, rank, world)
+    return array, offsets
 
 
-def finish(out: Path, name: str, entry: dict) -> None:
+def finish(out: Path, name: str, array: np.memmap, entry: dict) -> None:
     """Move the filled array to its place and enter it in meta.json, in an order that never pairs old numbers with new notes."""
-    path = out / "meta.json" if (out / "meta.json").exists() else out / "index.json"
-    meta = read_json(path)
-    if meta.pop(name, None) and path.name == "meta.json":
-        write_atomic(path, lambda p: p.write_text(json.dumps(meta, indent=2), encoding="utf-8"))
-    os.replace(out / "work" / f"{name}.bin", out / f"{name}.bin")
-    meta[name] = entry
-    write_atomic(out / "meta.json", lambda p: p.write_text(json.dumps(meta, indent=2), encoding="utf-8"))
-    shutil.rmtree(out / "work")
-    (out / "index.json").unlink(missing_ok=True)
+    meta = read_json(out / "meta.json")
+    if meta.pop(name, None):
+        write_json(out / "meta.json", meta)
+    os.replace(array.filename, out / f"{name}.bin")
+    write_json(out / "meta.json", meta | {name: entry | dict(shape=array.shape, dtype="float16")})
 
 
-def fill_audio(clips, args, out: Path, rank: int, world: int) -> None:
-    lines = (out / "index.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    names, samples = [line.split("\t")[0] for line in lines], np.array([int(line.split("\t")[3]) for line in lines])
-    paths, offsets = {c[0]: c[1] for c in clips}, np.concatenate([[0], samples.cumsum()])
-
-    def make(k):
-        part = slice(k * args.chunk, (k + 1) * args.chunk)
-        with ThreadPoolExecutor(args.workers) as pool:
-            waves = list(pool.map(lambda n: read_audio(paths[n], args.sample_rate), names[part]))
-        for name, wave, expected in zip(names[part], waves, samples[part]):
-            if len(wave) != expected:
-                raise InputError(f"{paths[name]} changed while it was being read: remove {out} and run again")
-        return offsets[part.start], (np.concatenate(waves).clip(-1, 1) * 32767).round().astype(np.int16)
-
-    fill(out, "audio", dict(chunk=args.chunk), int(offsets[-1]), (), "int16", make, math.ceil(len(names) / args.chunk), rank, world)
-    if rank == 0:
-        finish(out, "audio", dict(shape=[int(offsets[-1])], dtype="int16", rate=args.sample_rate))
-    barrier()
-
-
-def weights_hash(folder: Path) -> str:
-    """A hash of a local model's weights, in place of a hub revision."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+def revision(name: str | Path, config=None) -> str:
+    """Which weights: a hub model's revision, a hash of a local folder's or file's."""
+    path = Path(name)
+    if not path.exists():
+        return config._commit_hash
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
     return "sha256:" + hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
+
+
+def from_hub(what: str, name: str, *kinds: str) -> list:
+    """What transformers' Auto classes of these kinds load by hub id or folder; failing is an InputError that says what was asked for."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # a CTC head left out is not worth a page of warning
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return [getattr(transformers, f"Auto{kind}").from_pretrained(name) for kind in kinds]
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}") from e
 
 
 class SSLModel:
@@ -474,18 +455,8 @@ class SSLModel:
 
     def __init__(self, name: str, layer: int | str = -1, device=torch.device("cpu")):
         """layer: a hidden state, -1 for the last, or "all": every one, side by side."""
-        from transformers import AutoFeatureExtractor, AutoModel
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()  # a CTC head left out is not worth a page of warning
-        logging.disable_progress_bar()
-        try:
-            self.extractor = AutoFeatureExtractor.from_pretrained(name)
-            model = AutoModel.from_pretrained(name)
-        except (OSError, ValueError) as e:
-            raise InputError(f"cannot load the SSL model {name}: {str(e).splitlines()[0]}") from e
-        self.name, self.layer, self.device = name, layer, device
-        self.revision = weights_hash(Path(name)) if Path(name).is_dir() else model.config._commit_hash
+        self.extractor, model = from_hub("SSL model", name, "FeatureExtractor", "Model")
+        self.name, self.layer, self.device, self.revision = name, layer, device, revision(name, model.config)
         self.layers = getattr(model.config, "num_hidden_layers", 0) + 1 if layer == "all" else 1
         self.whisper = model.config.model_type == "whisper"
         self.model = (model.get_encoder() if self.whisper else model).float().to(device).eval()  # float32, however it is stored
@@ -501,10 +472,11 @@ class SSLModel:
     @torch.no_grad()
     def __call__(self, waves: list[np.ndarray]) -> list[torch.Tensor]:
         """float32 [T] waves → float32 features [S, D] of each wave's own length, as if alone."""
+        if self.whisper and max(map(len, waves)) > 30 * self.sample_rate:
+            raise InputError(f"{self.name} hears 30 s at most: prepare the data with --max-seconds 30")
         options = {} if self.whisper else dict(padding=True, return_attention_mask=not self.equal_lengths)
         inputs = self.extractor(waves, sampling_rate=self.sample_rate, return_tensors="pt", **options).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            out = self.model(**inputs, output_hidden_states=self.layer != -1)
+        out = self.model(**inputs, output_hidden_states=self.layer != -1)
         states = out.last_hidden_state if self.layer == -1 else torch.cat(out.hidden_states, -1) if self.layer == "all" else out.hidden_states[self.layer]
         if self.whisper:
             frames = [frame_count(len(w), self.sample_rate, self.rate) for w in waves]
@@ -570,80 +542,69 @@ def layer_number(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
-def fill_ssl(args, out: Path, rank: int, world: int, device) -> None:
-    data = Data(out)
-    if "ssl" in data.meta and (found := (data.meta["ssl"]["model"], data.meta["ssl"]["layer"])) != (args.ssl, args.layer):
-        raise InputError(f"{out} already holds SSL features of {found[0]}, layer {found[1]}, not {args.ssl}, layer {args.layer}: choose another --out")
-    if "ssl" in data.meta:
+def fill_ssl(args, rank: int, world: int, device) -> None:
+    data = Data(args.out)
+    if known := data.meta.get("ssl"):
+        if (known["model"], known["layer"]) != (args.ssl, args.layer):
+            raise InputError(f"{args.out} already holds SSL features of {known['model']}, layer {known['layer']}, not {args.ssl}, layer {args.layer}: choose another --out")
         return
     ssl = load_teacher(args.ssl, args.layer, data.rate, device)
-    counts = np.array([frame_count(int(n), data.rate, ssl.rate) for n in data.samples])
-    offsets = np.concatenate([[0], counts.cumsum()])
 
-    def make(k):
-        part = range(k * args.chunk, min((k + 1) * args.chunk, len(counts)))
+    def make(part):
         features = [None] * len(part)
         for batch in ssl.batches([int(data.samples[i]) for i in part], args.batch_seconds):
             for j, x in zip(batch, ssl([data.get("audio", part[j]).numpy() for j in batch])):
-                if not torch.isfinite(x).all() or x.abs().max() > 65000:
+                if not torch.isfinite(x.half()).all():
                     raise InputError(f"{args.ssl} gives features that are not finite in float16 for {data.clips[part[j]]['id']}: take the clip out or choose another --layer")
-                features[j] = repeat_last(x[: counts[part[j]]], int(counts[part[j]]))
-        return offsets[part.start], torch.cat(features).half().cpu().numpy()
+                count = int(frame_count(data.samples[part[j]], data.rate, ssl.rate))
+                features[j] = repeat_last(x[:count], count)
+        return torch.cat(features)
 
-    entry = ssl.facts()
-    fill(out, "ssl", entry | dict(chunk=args.chunk), int(offsets[-1]), (ssl.width,), "float16", make, math.ceil(len(counts) / args.chunk), rank, world)
+    array, _ = fill(data, args, "ssl", ssl.facts(), (ssl.width,), make, rank, world)
     if rank == 0:
-        finish(out, "ssl", dict(entry, shape=[int(offsets[-1]), ssl.width], dtype="float16"))
-    barrier()
+        finish(args.out, "ssl", array, ssl.facts())
 
 
 @torch.no_grad()
-def fill_latents(args, out: Path, rank: int, world: int, device) -> None:
+def fill_latents(args, rank: int, world: int, device) -> None:
     """The posterior of every clip, and each channel's mean and standard deviation over the training split."""
-    data, vae = Data(out), SemanticVAE.from_pretrained(args.vae)
-    vae_hash = vae.latents_hash()
-    known = data.meta.get("latents", {})
-    if known.get("vae_hash") == vae_hash:
-        if rank == 0 and known["vae"] != str(args.vae):  # another decoder of the same latents
-            meta = data.meta | dict(latents=known | dict(vae=str(args.vae)))
-            write_atomic(out / "meta.json", lambda p: p.write_text(json.dumps(meta, indent=2), encoding="utf-8"))
-        barrier()
+    data, vae = Data(args.out), SemanticVAE.from_pretrained(args.vae)
+    known, dim, rate = data.meta.get("latents", {}), vae.config.latent_dim, Fraction(data.rate, vae.config.hop)
+    entry = dict(vae=str(args.vae), vae_hash=vae.latents_hash(), dim=dim, hop=vae.config.hop, rate=str(rate))
+    if known.get("vae_hash") == entry["vae_hash"]:
+        if rank == 0:  # perhaps with another decoder
+            write_json(args.out / "meta.json", data.meta | dict(latents=known | dict(vae=entry["vae"])))
         return
     if vae.config.sample_rate != data.rate:
-        raise InputError(f"{args.vae} works at {vae.config.sample_rate} Hz, {out} holds {data.rate} Hz")
-    vae, dim, rate = vae.to(device), vae.config.latent_dim, Fraction(data.rate, vae.config.hop)
-    offsets = np.concatenate([[0], np.cumsum([frame_count(int(n), data.rate, rate) for n in data.samples])])
+        raise InputError(f"{args.vae} works at {vae.config.sample_rate} Hz, {args.out} holds {data.rate} Hz")
+    if not data.split("train"):
+        raise InputError(f"{args.out} holds no training clips, over which the latents' statistics run")
+    vae.to(device)
 
-    def make(k):
-        part = range(k * args.chunk, min((k + 1) * args.chunk, len(data.clips)))
-        latents = [torch.stack(vae.encode(data.get("audio", i)[None].to(device)), 2)[0] for i in part]  # [N, 2, D]
-        return offsets[part.start], torch.cat(latents).cpu().half().numpy()
+    def make(part):
+        return torch.cat([torch.stack(vae.encode(data.get("audio", i)[None].to(device)), 2)[0] for i in part])  # [N, 2, D]
 
-    entry = dict(vae=str(args.vae), vae_hash=vae_hash, dim=dim, hop=vae.config.hop, rate=str(rate), shape=[int(offsets[-1]), 2, dim], dtype="float16")
-    fill(out, "latents", entry | dict(chunk=args.chunk), int(offsets[-1]), (2, dim), "float16", make, math.ceil(len(data.clips) / args.chunk), rank, world)
+    array, offsets = fill(data, args, "latents", entry, (2, dim), make, rank, world)
     if rank == 0:
-        array = np.memmap(out / "work" / "latents.bin", "float16", "r", shape=tuple(entry["shape"]))
-        total, square, count = np.zeros(dim), np.zeros(dim), 0
+        moments, count = np.zeros((2, dim)), 0
         for i in data.split("train"):  # z = mean + ε · std has the moments E[mean] and E[mean² + std²]
             mean, logvar = array[offsets[i] : offsets[i + 1]].astype(np.float64).transpose(1, 0, 2)
-            total, square, count = total + mean.sum(0), square + (mean**2 + np.exp(logvar)).sum(0), count + len(mean)
-        mean = total / count
-        std = np.sqrt(square / count - mean**2)
+            moments, count = moments + (mean.sum(0), (mean**2 + np.exp(logvar)).sum(0)), count + len(mean)
+        mean, square = moments / count
+        std = np.sqrt(square - mean**2)
         if not np.isfinite(std).all():
             raise InputError(f"the latents of {args.vae} are not finite: train it again")
-        finish(out, "latents", dict(entry, mean=mean.tolist(), std=std.tolist()))
-    barrier()
+        finish(args.out, "latents", array, entry | dict(mean=mean.tolist(), std=std.tolist()))
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, nargs="*", help="folders in LibriTTS, LibriSpeech, VCTK or LJSpeech layout, or manifests (audio|speaker|text with header); default: the demo corpus")
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="the data folder to make or add to (default %(default)s)")
-    parser.add_argument("--layout", choices=["auto", *LAYOUTS], default="auto", help="how the source folders are laid out (default: detected)")
     parser.add_argument("--download", help="LibriTTS subsets to fetch first, e.g. train-clean-100,dev-clean; LibriSpeech's as librispeech:test-clean")
     parser.add_argument("--download-to", type=Path, default=Path("downloads"), help="where downloads are kept (default %(default)s)")
     parser.add_argument("--ssl", help="teacher: hub id or folder of a speech encoder, several with commas between, \"mel\", or \"none\" (default: for the demo corpus the demo's; the paper's is microsoft/wavlm-large)")
-    parser.add_argument("--layer", type=layer_number, default=-1, help="hidden state to store, -1 for the last, \"all\" for a learned mix (default %(default)s)")
+    parser.add_argument("--layer", type=layer_number, help="hidden state to store, -1 for the last, \"all\" for a learned mix (default -1)")
     parser.add_argument("--vae", help="add the latents of this VAE: a run, an authors' release, or a hub id")
     parser.add_argument("--text", choices=["plain", "raw"], help="plain: lower case without punctuation; raw: as written (default: plain for the demo corpus, else raw)")
     parser.add_argument("--sample-rate", type=int, default=16000, help="of the stored audio, in Hz (default %(default)s)")
@@ -673,26 +634,27 @@ def main(argv=None):
         barrier()
         args.source += download(args.download, args.download_to)
     if args.source:
-        clips = [(f"{s}:{c[0]}" if len(args.source) > 1 else c[0], *c[1:]) for s in args.source for c in list_clips(s, args.layout)]
-        made_of = [[str(s) for s in args.source], len(clips), args.sample_rate, args.text]
-        settings, path = json.dumps([*made_of, args.min_seconds, args.max_seconds, args.valid, args.chunk]), out / "settings.json"
-        if path.exists() and path.read_text() != settings:
-            raise InputError(f"{out} was made with other settings ({path.read_text()}), not {settings}: choose another --out or remove it")
+        clips = [(f"{s}:{c[0]}" if len(args.source) > 1 else c[0], *c[1:]) for s in args.source for c in list_clips(s)]
+        settings = {name: getattr(args, name) for name in ("sample_rate", "text", "min_seconds", "max_seconds", "valid", "chunk")} | dict(clips=len(clips), sources=list(map(str, args.source)))
+        path = out / "settings.json"
+        if path.exists() and (found := read_json(path)) != settings:
+            raise InputError(f"{out} was made with other settings ({found}), not {settings}: choose another --out or remove it")
         if rank == 0:
-            write_atomic(path, lambda p: p.write_text(settings))
+            write_json(path, settings)
         if not (out / "meta.json").exists():
-            if not (out / "index.json").exists():
-                make_index(clips, args, out, rank, world)
-                barrier()
-            fill_audio(clips, args, out, rank, world)
+            fill_audio(clips, args, rank, world)
+            barrier()
     if not args.ssl:  # a folder that is added to, or whose features were interrupted: what it was begun with
-        meta = Data(out).meta
-        args.ssl, args.layer = meta["teacher"], meta.get("ssl", meta).get("layer", -1)
+        meta = read_json(out / "meta.json")
+        begun = meta.get("ssl") or dict(model=meta["teacher"], layer=meta.get("layer"))
+        args.ssl, args.layer = begun["model"], begun["layer"] if args.layer is None else args.layer
     if args.ssl != "none":
-        fill_ssl(args, out, rank, world, device)
+        args.layer = -1 if args.layer is None else args.layer
+        fill_ssl(args, rank, world, device)
     if args.vae:
-        fill_latents(args, out, rank, world, device)
+        fill_latents(args, rank, world, device)
     if rank == 0:
+        shutil.rmtree(out / "work", ignore_errors=True)
         meta = read_json(out / "meta.json")
         dropped = [line.split("\t") for line in (out / "dropped.tsv").read_text(encoding="utf-8").splitlines()]
         for name, why in dropped[:20]:

@@ -10,7 +10,6 @@ together stay within the length the model was trained on; the pieces are joined 
 """
 
 import argparse
-import json
 import re
 import time
 import zlib
@@ -21,10 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluate import Recognizer, find_audio, read_list
-from evaluate import error_rates as asr_error
-from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, read_json, sample, write_atomic
-from prepare import DEMO, barrier, cli, lock, normalize_text, read_audio, start_ranks, write_wave
+from evaluate import Recognizer, error_rates, find_audio, read_list
+from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, read_json, sample, write_json
+from prepare import DEMO, barrier, cli, lock, normalize_text, read_audio, revision, start_ranks, write_wave
 
 
 @dataclass
@@ -35,7 +33,6 @@ class Request:
     prompt_text: str  # what the prompt says
     text: str  # what to say
     seconds: float | None = None  # how long; None: at the prompt's rate
-    name: str = ""
 
 
 def to_bytes(text: str) -> torch.Tensor:
@@ -62,12 +59,12 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     decoder = SemanticVAE.from_pretrained(vae).to(device)
     if decoder.latents_hash() != dit.config.vae_hash:
         raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is {decoder.latents_hash()}: name the right one with --vae")
-    notes["vae_name"] = decoder.content_hash()  # before folding, which changes names
+    notes |= dict(tts_name=revision(folder), vae_name=decoder.content_hash())  # before folding, which changes names
     return dit, fold_weight_norm(decoder), notes
 
 
 @torch.no_grad()
-def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8, progress=lambda x: x) -> list[np.ndarray]:
+def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8) -> list[np.ndarray]:
     """float32 audio of each request's text alone, in order. What one gets does not depend on its batch: noise is drawn on
     the CPU from (seed, text), so a seed gives the same clip anywhere. Non-finite or silent output is an InputError."""
     device, config = dit.latent_mean.device, dit.config
@@ -75,13 +72,11 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
     totals = [target_frames(len(p), r, config.sample_rate / config.hop, speed) for p, r in zip(prompts, requests)]
     waves = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: totals[i])
-    for batch in progress([order[i : i + batch_size] for i in range(0, len(order), batch_size)]):
+    for batch in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
         draw = lambda i: torch.randn(totals[i], config.latent_dim, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {requests[i].text}".encode())))
         pad = lambda tensors, value=0.0: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
         noise, text = pad([draw(i) for i in batch]), pad([to_bytes(f"{requests[i].prompt_text} {requests[i].text}") for i in batch], -1)
-        prompt = torch.zeros_like(noise)
-        for row, i in enumerate(batch):
-            prompt[row, : len(prompts[i])] = prompts[i]
+        prompt = pad([torch.nn.functional.pad(prompts[i], (0, 0, 0, totals[i] - len(prompts[i]))) for i in batch])
         lengths, prompt_lengths = (torch.tensor(v, device=device) for v in ([totals[i] for i in batch], [len(prompts[i]) for i in batch]))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             x = sample(dit, noise, prompt, prompt_lengths, text, lengths, steps, cfg, sway)
@@ -105,39 +100,35 @@ def check_prompt(wave: np.ndarray, text: str, rate: int, limit: float) -> tuple[
         raise InputError("the prompt is silent" if np.isfinite(wave).all() else "the prompt holds non-finite samples")
     loud, edge = np.flatnonzero(np.abs(wave) > 0.02 * peak), rate // 10
     trimmed = wave[max(0, loud[0] - edge) : loud[-1] + edge]
-    seconds, notes = len(trimmed) / rate, []
-    if len(wave) - len(trimmed) > rate // 20:
-        notes.append(f"trimmed {(len(wave) - len(trimmed)) / rate:.2f} s of silence from its edges")
+    seconds, cut = len(trimmed) / rate, (len(wave) - len(trimmed)) / rate
     if seconds < 0.5:
         raise InputError(f"the prompt holds {seconds:.2f} s of speech, too little to hear a voice in: give at least 0.5 s, better 2 s or more")
     if seconds > limit:
         raise InputError(f"the prompt is {seconds:.1f} s, limit {limit:.1f} s for this model: cut audio and transcript together")
-    if seconds < 2:
-        notes.append(f"it is short ({seconds:.1f} s): 2 s or more catch a voice better")
-    if (np.abs(trimmed) > 0.99).mean() > 1e-3:
-        notes.append("it is clipped")
-    if text and not 4 < (pace := len(text.encode("utf-8")) / seconds) < 30:
-        notes.append(f"its transcript has {pace:.0f} characters a second of speech: check that it says just what is heard")
-    return trimmed, notes
+    pace = len(text.encode()) / seconds
+    notes = {
+        f"trimmed {cut:.2f} s of silence from its edges": cut > 0.05,
+        f"it is short ({seconds:.1f} s): 2 s or more catch a voice better": seconds < 2,
+        "it is clipped": (np.abs(trimmed) > 0.99).mean() > 1e-3,
+        f"its transcript has {pace:.0f} characters a second of speech: check that it says just what is heard": text and not 4 < pace < 30,
+    }
+    return trimmed, [note for note, found in notes.items() if found]
 
 
 def split_text(text: str, limit: int) -> list[str]:
     """Pieces of at most `limit` bytes, cut at sentence ends, else at commas, else between words."""
     pieces = [text]
-    for pattern in (r"(?<=[.!?。！？])\s*", r"(?<=[,;:，；：])\s*", r"\s+"):
+    for pattern in (r"(?<=[.!?])(?=\s)|(?<=[。！？])", r"(?<=[,;:])(?=\s)|(?<=[，；：])", r"(?=\s)"):
         finer = []
         for piece in pieces:
-            if len(piece.encode()) <= limit:
-                finer.append(piece)
-                continue
-            parts = [p for p in re.split(pattern, piece) if p]
-            finer.append(parts[0])
-            for part in parts[1:]:  # as few pieces as fit
-                if len(f"{finer[-1]} {part}".encode()) <= limit:
-                    finer[-1] += " " + part
+            first, *parts = re.split(pattern, piece) if len(piece.encode()) > limit else [piece]
+            finer.append(first)
+            for part in parts:  # as few pieces as fit
+                if len((finer[-1] + part).encode()) <= limit:
+                    finer[-1] += part
                 else:
-                    finer.append(part)
-        pieces = finer
+                    finer.append(part.lstrip())
+        pieces = [p for p in finer if p]
     if any(len(p.encode()) > limit for p in pieces):
         raise InputError(f"a word of the text is longer than the {limit} characters that fit after this prompt: give a shorter prompt")
     return pieces
@@ -145,10 +136,9 @@ def split_text(text: str, limit: int) -> list[str]:
 
 def join(waves: list[np.ndarray], rate: int) -> np.ndarray:
     """One after another with 20 ms of cross-fade, so that no joint clicks."""
-    fade = rate // 50
-    out = waves[0]
+    out, fade = waves[0], rate // 50
+    ramp = np.linspace(0, 1, fade, dtype=np.float32)
     for wave in waves[1:]:
-        ramp = np.linspace(0, 1, fade, dtype=np.float32)
         out = np.concatenate([out[:-fade], out[-fade:] * (1 - ramp) + wave[:fade] * ramp, wave[fade:]])
     return out
 
@@ -170,8 +160,6 @@ def say(args, dit, vae, device) -> None:
     text = normalize_text(args.text, dit.config.text)
     if not text or not ref_text:
         raise InputError(f"nothing to say: {'the text' if not text else 'the transcript of the prompt'} is empty" + (" once punctuation is removed" if dit.config.text == "plain" else ""))
-    if not 0.3 <= args.speed <= 3:
-        raise InputError(f"--speed {args.speed} is outside 0.3 to 3")
     room = (limit - len(wave) / rate) / (len(wave) / rate) * len(ref_text.encode()) * args.speed
     pieces = [text] if args.duration else split_text(text, max(1, int(room)))
     if args.duration and args.duration + len(wave) / rate > limit * 1.01:
@@ -180,49 +168,45 @@ def say(args, dit, vae, device) -> None:
     start, takes = time.time(), []
     for take in range(args.takes):
         said = join(synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed + take, args.batch_size), rate)
-        error = asr_error([text], [asr(said, rate)])["cer"] if args.takes > 1 else 0
+        error = error_rates([text], [asr(said, rate)])["cer"] if args.takes > 1 else 0
         takes.append((error, take, said))
         if args.takes > 1:
             print(f"take {take} (seed {args.seed + take}): character error rate {error:.1%} by {args.asr}")
-    error, take, said = min(takes, key=lambda t: t[:2])
+    error, take, said = min(takes)  # no two have the same number: waves are never compared
     spent, seconds = time.time() - start, len(said) / rate
     write_wave(args.out, said, rate)
     for piece in pieces if len(pieces) > 1 else []:
         print(f"piece: {piece}")
     print(f"{args.out}: {seconds:.2f} s, {len(text.encode()) / seconds:.0f} characters a second{f', take {take}' if args.takes > 1 else ''}; "
-          f"real-time factor {spent / seconds / args.takes:.2f} on {device}, {'bfloat16' if device.type == 'cuda' else 'float32'}")  # fmt: skip
+          f"real-time factor {spent / seconds / args.takes:.2f}")  # fmt: skip
 
 
-def say_list(args, dit, vae, notes, rank, world, device) -> None:
+def say_list(args, dit, vae, notes, rank, world) -> None:
     """Every line of a list in LibriSpeech-PC's six columns; wavs that are there already are kept."""
-    rate, lines, root = dit.config.sample_rate, read_list(args.list), args.ref_dir or args.list.parent
-    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, sway=args.sway, speed=args.speed, tts_step=notes.get("step"), vae=notes["vae_name"])
+    rate, lines, root = dit.config.sample_rate, read_list(args.list)[: args.limit], args.ref_dir or args.list.parent
+    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, sway=args.sway, speed=args.speed, tts=notes["tts_name"], vae=notes["vae_name"])
     stamp = args.out / "settings.json"
-    if stamp.exists() and read_json(stamp) != settings:
-        raise InputError(f"{args.out} was made with other settings ({stamp.read_text(encoding='utf-8')}): choose another --out")
+    if stamp.exists() and (found := read_json(stamp)) != settings:
+        raise InputError(f"{args.out} was made with other settings ({found}): choose another --out")
     prompts = {line.ref: find_audio(root, line.ref) for line in lines}  # all of them, before anything is spent
-    todo = [line for line in lines[: args.limit] if not (args.out / line.wav).exists()]
+    todo = [line for line in lines if not (args.out / line.wav).exists()]
     if args.dry_run:
-        print(f"{args.list}: {len(lines[: args.limit])} lines, {len(todo)} to be said; every prompt is there")
+        print(f"{args.list}: {len(lines)} lines, {len(todo)} to be said; every prompt is there")
         return
     held = lock(args.out) if rank == 0 else None
     barrier()  # all ranks have seen the same files before the first is written
     if rank == 0:
-        print(f"{len(lines[: args.limit])} lines, {len(lines[: args.limit]) - len(todo)} there already")
-        write_atomic(stamp, lambda p: p.write_text(json.dumps(settings), encoding="utf-8"))
+        print(f"{len(lines)} lines, {len(lines) - len(todo)} there already")
+        write_json(stamp, settings)
     todo = sorted(todo, key=lambda line: line.ref_seconds + line.gen_seconds)[rank::world]
-    start, seconds = time.time(), 0.0
     for i in tqdm(range(0, len(todo), args.batch_size), desc="batches", disable=rank > 0):
-        requests = []
-        for line in todo[i : i + args.batch_size]:
+        batch, requests = todo[i : i + args.batch_size], []
+        for line in batch:
             text, wave = normalize_text(line.ref_text, dit.config.text), read_audio(prompts[line.ref], rate)
-            wave, _ = check_prompt(wave, text, rate, dit.config.max_seconds)
-            requests.append(Request(wave, text, normalize_text(line.text, dit.config.text), name=line.wav))
-        for request, wave in zip(requests, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size)):
-            write_wave(args.out / request.name, wave, rate)
-            seconds += len(wave) / rate
-    if rank == 0 and seconds:
-        print(f"{args.out}: rank 0 made {seconds:.1f} s at a real-time factor of {(time.time() - start) / seconds:.2f} on {device}, {'bfloat16' if device.type == 'cuda' else 'float32'}")
+            check_prompt(wave, text, rate, dit.config.max_seconds)  # but used whole: the protocol's lengths are those of whole prompts
+            requests.append(Request(wave, text, normalize_text(line.text, dit.config.text)))
+        for line, wave in zip(batch, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size)):
+            write_wave(args.out / line.wav, wave, rate)
 
 
 def parse_args(argv=None):
@@ -248,6 +232,12 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/samples" if args.list else "sample.wav")
+    if not 0.3 <= args.speed <= 3:
+        raise InputError(f"--speed {args.speed} is outside 0.3 to 3")
+    if min(args.steps, args.takes, args.batch_size) < 1:
+        raise InputError("--steps, --takes and --batch-size must be at least 1")
+    if args.ref_text and not args.ref:
+        raise InputError("--ref-text says what a recording says: name it with --ref")
     if not args.list and not args.ref:
         lines = read_list(DEMO / "corpus" / "test.lst")
         demo = lines[len(lines) // 2]  # voice 14, the clearest of those held out
@@ -261,10 +251,10 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
     if rank == 0:
-        print(f"device {device}, seed {args.seed}, {args.steps} steps, guidance {args.cfg}")
+        print(f"device {device}, {'bfloat16' if device.type == 'cuda' else 'float32'}, seed {args.seed}, {args.steps} steps, guidance {args.cfg}")
     dit, vae, notes = load(args.tts, args.vae, device)
     if args.list:
-        say_list(args, dit, vae, notes, rank, world, device)
+        say_list(args, dit, vae, notes, rank, world)
     elif rank == 0:
         say(args, dit, vae, device)
 

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss
-from prepare import DEMO, Data, Stop, cli, lock, start_ranks, write_wave
+from prepare import DEMO, Data, cli, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
-from train_vae import Log, Means, compiled, first_bad, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
+from train_vae import Log, Means, Stop, compiled, first_bad, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
 
 # --------------------------------------------------------------------------------------------------------------
 # Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, load_torch, read_json, upward_alignment_loss, write_atomic
-from prepare import Data, SSLModel, Stop, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
+from prepare import Data, SSLModel, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -367,6 +368,27 @@ def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
 def first_bad(parts: list[torch.Tensor]) -> torch.Tensor:
     """Which of a step's micro-batches was the first whose loss is not finite (0, if none)."""
     return torch.stack(parts).isfinite().float().argmin()
+
+
+class Stop:
+    """For loops that need not be interrupted in the middle: SIGTERM and Ctrl-C are noted, and all ranks stop after the same step."""
+
+    def __init__(self):
+        self.number = 0
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # the CPUs agree, no GPU is waited for
+        signal.signal(signal.SIGTERM, self.note), signal.signal(signal.SIGINT, self.note)
+
+    def note(self, number, frame):
+        if self.number:  # twice: at once
+            raise KeyboardInterrupt(number)
+        self.number = number
+
+    def agreed(self) -> int:
+        """The signal that any rank has heard; 0: none."""
+        number = torch.tensor(self.number)
+        if self.group:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return number.item()
 
 
 def stopped_at(out: Path, step: int, signal: int, rank: int) -> int:
