@@ -359,9 +359,9 @@ def picture(draw, width: float, height: float) -> str:
 
 
 def spectrogram(wave: np.ndarray):
-    from train_vae import stft_magnitude
+    from train_vae import stft
 
-    level = 20 * stft_magnitude(torch.from_numpy(wave)[None], 512)[0].clamp(min=1e-4).log10()
+    level = 20 * stft(torch.from_numpy(wave)[None], 512)[0].abs().clamp(min=1e-4).log10()
     return lambda axes: (axes.imshow(level, origin="lower", aspect="auto", vmin=-60, vmax=30), axes.set_axis_off())
 
 

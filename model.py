@@ -460,6 +460,8 @@ class SemanticVAE(Pretrained):
         if config.mel:
             self.encoder = LogMel(config.sample_rate, config.latent_dim, config.hop)
         else:
+            if math.prod(config.encoder_rates) != config.hop:
+                raise InputError(f"encoder_rates {config.encoder_rates} make frames of {math.prod(config.encoder_rates)} samples, decoder_rates {config.decoder_rates} of {config.hop}")
             self.encoder = Encoder(config.encoder_dim, config.encoder_rates)
             self.pre_block = AttentionProjection(self.encoder.out_channels, config.latent_dim)
             self.fc_mu = nn.Linear(config.latent_dim, config.latent_dim)

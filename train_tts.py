@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -29,7 +30,7 @@ from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss
 from prepare import DEMO, Data, cli, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
-from train_vae import Log, Means, Stop, compiled, first_bad, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
+from train_vae import Log, Means, Stop, compiled, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
 
 # --------------------------------------------------------------------------------------------------------------
 # Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.
@@ -44,7 +45,6 @@ class Utterances(torch.utils.data.Dataset):
         self.mean, self.std = torch.tensor(latents["mean"]), torch.tensor(latents["std"])
         self.frames, self.rate = data.counts("latents"), data.rate / latents["hop"]
         self.groups = max(1, int(sum(self.frames[i] for i in self.clips) / self.rate / batch_seconds))  # steps in an epoch
-        self.cache = (None, None)
 
     def examples(self, rng) -> list[list[int]]:
         """All clips once, in random runs of `join` of the same speaker."""
@@ -57,33 +57,36 @@ class Utterances(torch.utils.data.Dataset):
             last[speaker].append(clip)
         return runs
 
+    @functools.lru_cache(2)  # every step asks, and the loader runs ahead
+    def epoch(self, epoch: int) -> list[list[list[int]]]:
+        """The examples of an epoch's steps, each step's shortest first: sorted by length with some jitter, cut into equal sums, shuffled."""
+        rng = np.random.default_rng([self.seed, epoch])
+        runs = self.examples(rng)
+        length = np.array([sum(self.frames[i] for i in run) for run in runs])
+        order = np.argsort(length * rng.uniform(0.9, 1.1, len(runs)), kind="stable")
+        group = ((length[order].cumsum() - length[order] / 2) * self.groups / length.sum()).astype(int)  # by where an example's middle lies
+        steps = [order[group == g] for g in rng.permutation(self.groups)]
+        return [[runs[i] for i in step[np.argsort(length[step], kind="stable")]] for step in steps]
+
     def step(self, step: int) -> list[list[int]]:
-        """The examples of a step, shortest first: all of an epoch, sorted by length with some jitter and cut into equal sums."""
         epoch, position = divmod(step, self.groups)
-        if self.cache[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            runs = self.examples(rng)
-            length = np.array([sum(self.frames[i] for i in run) for run in runs])
-            order = np.argsort(length * rng.uniform(0.9, 1.1, len(runs)), kind="stable")
-            group = ((length[order].cumsum() - length[order] / 2) * self.groups / length.sum()).astype(int)
-            cut = [order[group == g] for g in range(self.groups)]
-            self.cache = epoch, [[runs[i] for i in g[np.argsort(length[g], kind="stable")]] for g in (cut[i] for i in rng.permutation(self.groups))]
-        return self.cache[1][position]
+        return self.epoch(epoch)[position]
 
     def __getitem__(self, key):
-        """key (step, run of clips) → one example with all of its random draws (SPEC: F5-TTS's training)."""
+        """key (step, run of clips) → one example with all of its random draws: to be generated is a span of 70 to 100 % of the frames, at a
+        random place; what is left on either side is the prompt. Hidden are prompt and text in 20 % of the examples, else the prompt in 30 %."""
         step, run = key
         rng = np.random.default_rng([self.seed, 1, step + 1, run[0]])
         rows = torch.cat([self.data.get("latents", i) for i in run])  # [N, 2, D]
         n, shape = len(rows), rows[:, 0].shape
         normal = lambda: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         z = rows[:, 0] + normal() * (0.5 * rows[:, 1]).exp()  # sampled from the posterior
-        span = int(rng.uniform(0.7, 1.0) * n)
-        start = int(rng.uniform() * (n - span))
+        length = int(rng.uniform(0.7, 1.0) * n)
+        start = int(rng.uniform() * (n - length))
         drop_both = rng.uniform() < 0.2
         frame = torch.arange(n)
         return dict(x=(z - self.mean) / self.std, noise=normal(), t=torch.tensor(rng.uniform(), dtype=torch.float32),
-                    span=(frame >= start) & (frame < start + span), text=to_bytes(" ".join(self.data.clips[i]["text"] for i in run)),
+                    span=(frame >= start) & (frame < start + length), text=to_bytes(" ".join(self.data.clips[i]["text"] for i in run)),
                     length=torch.tensor(n), drop_prompt=torch.tensor(drop_both or rng.uniform() < 0.3), drop_text=torch.tensor(drop_both))  # fmt: skip
 
 
@@ -121,26 +124,6 @@ class MicroBatches:
         for step in self.steps:
             for part in self.parts(step):
                 yield [(step, run) for run in part]
-
-
-def step_flops(dit: DiT, frames: int, length: float) -> float:
-    """Additions and multiplications of a training step over `frames` latent frames in utterances of `length` frames on average:
-    two a weight and frame forward, twice that backward, and attention's two products. What does not grow with frames is left out."""
-    once = ("attn_norm", "norm_out", "time_embed", "text_embed.text_embed")  # once an utterance, or a look-up
-    weights = sum(p.numel() for name, p in dit.named_parameters() if p.ndim > 1 and not any(k in name for k in once))
-    return 6 * frames * (weights + 2 * dit.config.depth * dit.config.width * length)
-
-
-def matrix_rate(device, dtype, repeats: int = 4) -> float:
-    """The device's FLOP/s in large square matrix products, the yardstick of MFU."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (a @ b).sum().item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
 
 
 class Objective(nn.Module):
@@ -184,30 +167,20 @@ def fixed_requests(data: Data, count: int) -> list[Request]:
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="settings below, and the network's size (default %(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py --vae (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/tts"), help="run folder (default %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
     parser.add_argument("--init", help="start from the weights of this DiT (folder or hub id), to fine-tune it, or to learn the latents of another VAE")
     parser.add_argument("--vae", help="where the latents' VAE is now, if not where it was when they were made")
     parser.add_argument("--text-upsample", action=argparse.BooleanOptionalAction, default=None, help="spread the text evenly over the frames (default: the preset's)")
     parser.add_argument("--join", type=int, default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=600_000, help="updates (default %(default)s)")
     parser.add_argument("--batch-seconds", type=float, default=3240, help="audio in one update, over all ranks (default %(default)s: 0.9 h)")
     parser.add_argument("--micro-seconds", type=float, default=405, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
     parser.add_argument("--lr", type=float, default=7.5e-5, help="peak learning rate, whatever the number of ranks (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=20_000, help="steps to the peak; then linear decay to 0 at --steps (default %(default)s)")
     parser.add_argument("--clip", type=float, default=1, help="largest gradient norm (default %(default)s)")
-    parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
-    parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
-    parser.add_argument("--keep", type=int, default=0, help="also keep the averaged weights of so many evaluations, as OUT/step0005000 (default %(default)s)")
-    parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
     parser.add_argument("--eval-sentences", type=int, default=4, help="fixed sentences to synthesise (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for their error rate: hub id or folder; \"none\" for none (default: the demo's)")
-    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="matrix products in bfloat16 (default: on a GPU)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     return read_args(parser, "train_tts", argv)
 
 
@@ -287,8 +260,6 @@ def main(argv=None):
             objective(*[v.to(device) for v in collate([train[(0, run)] for run in largest])])[0].backward()
     optimizer.zero_grad()
 
-    peak = matrix_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
-    flops = step_flops(dit, args.batch_seconds * train.rate / world, np.mean([sum(train.frames[i] for i in run) for run in train.step(0)]))  # of this rank
     heard_at = lambda step, part: [data.clips[i]["id"] for run in micro.parts(step)[part] for i in run]
     start = time.time()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="tts")
@@ -311,7 +282,7 @@ def main(argv=None):
             parts.append(loss.detach())
         total = sum(parts)
         norm = nn.utils.clip_grad_norm_(dit.parameters(), args.clip)
-        means.add({"loss": total, "grad": norm, "skipped": guarded_step(optimizer, norm), "part": first_bad(parts)})
+        means.add({"loss": total, "grad": norm, "skipped": guarded_step(optimizer, norm), "part": torch.stack(parts).isfinite().float().argmin()})  # the first micro-batch that is not finite
         update_ema(ema, dit, args.ema, step)
 
         # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
@@ -320,7 +291,7 @@ def main(argv=None):
         if device.type == "cuda" and rank == 0 and step == first:
             tqdm.write(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB with the largest micro-batch of the first steps")
         if logging:
-            means.report_skipped(done, 1, heard_at)
+            means.report_skipped(done, heard_at)
             row = means.read(world)
         if evaluating and rank == 0:
             scores = dict(valid_loss=validate(ema, valid, device))
@@ -336,8 +307,8 @@ def main(argv=None):
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
             pace = (done - first) / (time.time() - start)  # steps a second, evaluations included
-            bar.set_postfix(loss=f"{total.item():.3f}", audio=f"{args.batch_seconds * pace:.0f} s/s", mfu=f"{flops * pace / peak:.0%}")
-        if evaluating and step > 0 or stopped:
+            bar.set_postfix(loss=f"{total.item():.3f}", audio=f"{args.batch_seconds * pace:.0f} s/s")
+        if evaluating and (step > 0 or last) or stopped:
             gathered = means.state(world)
             if rank == 0:
                 save_run(args.out, done, ema, notes, modules, gathered, args.keep)

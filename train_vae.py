@@ -13,12 +13,13 @@ import argparse
 import contextlib
 import copy
 import csv
-import json
+import functools
 import math
 import os
 import shutil
 import signal
 import time
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,53 +33,44 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, load_torch, read_json, upward_alignment_loss, write_atomic
+from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, load_torch, read_json, upward_alignment_loss, write_atomic, write_json
 from prepare import Data, SSLModel, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
 
 
-def stft_magnitude(wave, window: int):
-    """[B, T] → [B, window / 2 + 1, frames]: periodic Hann window, hop of a quarter, centred with reflect padding."""
-    hann = torch.hann_window(window, device=wave.device)
-    return torch.stft(wave.float(), window, window // 4, window=hann, return_complex=True).abs()
+def stft(wave, window: int):
+    """[B, T] → complex [B, window / 2 + 1, frames]: periodic Hann window, hop of a quarter, centred with reflect padding."""
+    return torch.stft(wave.float(), window, window // 4, window=torch.hann_window(window, device=wave.device), return_complex=True)
 
 
 class MelDistance(nn.Module):
-    """L1 between log10 mel magnitudes at seven scales, summed (DAC's multi-scale mel loss)."""
+    """L1 between log10 mel magnitudes at seven scales, summed (DAC's multi-scale mel loss): short windows see when something sounds, long
+    ones at which pitch; logs, since loudness is heard in ratios."""
 
     def __init__(self, sample_rate: int):
         super().__init__()
-        self.windows = [32 * 2**i for i in range(7)]
-        for i, window in enumerate(self.windows):
-            mels = 5 * 2**i
-            bank = slaney_filters(window, mels, sample_rate)
-            self.register_buffer(f"bank{i}", bank, persistent=False)
+        mel = lambda window, bands: torchaudio.transforms.MelSpectrogram(
+            sample_rate, window, hop_length=window // 4, n_mels=bands, power=1, norm="slaney", mel_scale="slaney")  # fmt: skip
+        with warnings.catch_warnings():  # short windows leave some narrow filters empty, as in the reference
+            warnings.simplefilter("ignore")
+            self.mels = nn.ModuleList(mel(32 * 2**i, 5 * 2**i) for i in range(7))
 
     def scales(self, x, y) -> list[torch.Tensor]:
         """[B, T] twice → one scalar a scale."""
-        log_mel = lambda wave, i, window: (self.get_buffer(f"bank{i}") @ stft_magnitude(wave, window)).clamp(min=1e-5).log10()
-        return [F.l1_loss(log_mel(x, i, window), log_mel(y, i, window)) for i, window in enumerate(self.windows)]
+        log = lambda magnitude: magnitude.clamp(min=1e-5).log10()
+        return [F.l1_loss(log(mel(x.float())), log(mel(y.float()))) for mel in self.mels]
 
     def forward(self, x, y):
         return sum(self.scales(x, y))
-
-
-def slaney_filters(window: int, mels: int, sample_rate: int) -> torch.Tensor:
-    """[mels, window / 2 + 1]. Short windows leave some narrow filters empty, as in the reference: torchaudio's warning is dropped."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torchaudio.functional.melscale_fbanks(window // 2 + 1, 0, sample_rate / 2, mels, sample_rate, norm="slaney", mel_scale="slaney").T
 
 
 def stft_distance(x, y):
     """Logged and evaluated, not trained on: L1 of log10 power plus L1 of magnitude, windows 2048 and 512."""
     total = 0
     for window in (2048, 512):
-        a, b = stft_magnitude(x, window), stft_magnitude(y, window)
+        a, b = stft(x, window).abs(), stft(y, window).abs()
         total = total + F.l1_loss(a.clamp(min=1e-5).square().log10(), b.clamp(min=1e-5).square().log10()) + F.l1_loss(a, b)
     return total
 
@@ -93,7 +85,10 @@ def conv2d(*args, activate=True, **kwargs) -> nn.Module:
 
 
 class PeriodDiscriminator(nn.Module):
-    def __init__(self, period: int, width: float = 1.0):
+    """The wave folded to [B, 1, T/p, p], each column convolved by itself (HiFi-GAN, arXiv 2010.05646): periodic errors stand in a row. The
+    periods are primes, so that none sees what another does."""
+
+    def __init__(self, period: int, width: float):
         super().__init__()
         self.period = period
         sizes = [1] + [max(4, int(c * width)) for c in (32, 128, 512, 1024, 1024)]
@@ -112,9 +107,11 @@ class PeriodDiscriminator(nn.Module):
 
 
 class STFTDiscriminator(nn.Module):
+    """Five bands of a complex STFT, each with convolutions of its own, joined for the logits."""
+
     EDGES = (0, 0.1, 0.25, 0.5, 0.75, 1)
 
-    def __init__(self, window: int, width: float = 1.0):
+    def __init__(self, window: int, width: float):
         super().__init__()
         self.window, c = window, max(4, int(32 * width))
         self.bands = [(int(a * (window // 2 + 1)), int(b * (window // 2 + 1))) for a, b in zip(self.EDGES, self.EDGES[1:])]
@@ -127,8 +124,7 @@ class STFTDiscriminator(nn.Module):
         hop = self.window // 4
         edge, more = (self.window - hop) // 2, -wave.shape[-1] % hop
         wave = F.pad(wave[:, None], (edge, edge + more), mode="reflect")[:, 0]
-        spectrum = torch.stft(wave.float(), self.window, hop, window=torch.hann_window(self.window, device=wave.device), return_complex=True)
-        x = torch.view_as_real(spectrum[..., 2:-2]).permute(0, 3, 2, 1)  # [B, 2, frames, bins]
+        x = torch.view_as_real(stft(wave, self.window)[..., 2:-2]).permute(0, 3, 2, 1)  # [B, 2, frames, bins]
         maps, ends = [], []
         for (low, high), layers in zip(self.bands, self.band_convs):
             band = x[..., low:high]
@@ -174,7 +170,6 @@ class Crops(torch.utils.data.Dataset):
     def __init__(self, data: Data, vae: VAEConfig, seconds: float, seed: int, ssl: dict | None, context: float | None = None):
         """ssl: what the features are (None: no features); context: seconds around the crop that an online teacher hears."""
         self.data, self.latent_dim, self.seed, self.hop = data, vae.latent_dim, seed, vae.hop
-        self.cache = (None, None)  # an epoch and its order
         self.clips = data.split("train")
         if not self.clips:
             raise InputError(f"{data.folder} holds no training clips")
@@ -187,10 +182,9 @@ class Crops(torch.utils.data.Dataset):
         if not self.frames:
             raise InputError(f"--crop {seconds} is shorter than {self.grid} latent frames ({self.grid * vae.hop / data.rate} s)")
 
+    @functools.lru_cache(2)  # every crop asks
     def order(self, epoch: int) -> np.ndarray:
-        if self.cache[0] != epoch:  # every crop asks
-            self.cache = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))
-        return self.cache[1]
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))
 
     def clip(self, k: int) -> int:
         epoch, position = divmod(k, len(self.clips))
@@ -238,7 +232,17 @@ def crop_loader(crops: Crops, first: int, last: int, per_step: int, micro: int, 
 
 
 def read_args(parser: argparse.ArgumentParser, kind: str, argv=None) -> argparse.Namespace:
-    """Flags; below them what --resume finds in the run folder, or else the preset's settings."""
+    """The flags, with those that both trainings share. Below them what --resume finds in the run folder, or else the preset's settings."""
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="settings below, and the network's size (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
+    parser.add_argument("--steps", type=int, default=600_000, help="updates (default %(default)s)")
+    parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
+    parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
+    parser.add_argument("--keep", type=int, default=0, help="also keep the averaged weights of so many evaluations, as OUT/step0005000 (default %(default)s)")
+    parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="matrix products in bfloat16 (default: on a GPU)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     known, _ = parser.parse_known_args(argv)
     saved = known.out / "args.json"
     if known.resume:
@@ -249,14 +253,11 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv=None) -> argparse
         if (known.out / "state.pt").exists():
             raise InputError(f"{known.out} already holds a run: add --resume to go on with it, or choose another --out")
         parser.set_defaults(**PRESETS[known.preset][kind])
-    args = parser.parse_args(argv)
-    args.out, args.data = Path(args.out), Path(args.data)
-    return args
+    return parser.parse_args(argv)
 
 
 def save_args(args) -> None:
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
-    write_atomic(args.out / "args.json", lambda p: p.write_text(json.dumps(values, indent=2), encoding="utf-8"))
+    write_json(args.out / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"})
 
 
 def load_state(path: Path, modules: dict) -> dict:
@@ -312,32 +313,28 @@ class Means:
 
     def state(self, world: int) -> dict[str, torch.Tensor]:
         """What has gathered since the last log line, averaged over ranks: resumed between two lines, a run loses none of it."""
-        stacked = {k: torch.stack(v) for k, v in self.values.items()}
+        stacked = {k: torch.stack(v) * (k != "part") for k, v in self.values.items()}  # whose part it was has no mean
         for v in stacked.values() if world > 1 else ():
             dist.all_reduce(v.div_(world))
         return {k: v.cpu() for k, v in stacked.items()}
 
     def read(self, world: int) -> dict[str, float]:
         self.values.pop("part", None)  # not for the log
-        means = torch.stack([torch.stack(v).nanmean() for v in self.values.values()])  # of the finite ones: "skipped" counts the others
+        means = torch.stack([v[v.isfinite()].mean() for v in map(torch.stack, self.values.values())])  # "skipped" counts the others
         if world > 1:
             dist.all_reduce(means)
         names, self.values = list(self.values), {}
         return dict(zip(names, (means / world).tolist()))
 
-    def report_skipped(self, done: int, accumulate: int, clips) -> None:
-        """Name the first term since the last log line that was not finite, its step, and clips(step, micro-batch). Five updates in a row
-        that were left out end the run, whose last checkpoint is from before them."""
-        skipped, bad = torch.stack(self.values["skipped"]).tolist(), []
-        for name, values in self.values.items() if any(skipped) else ():
-            each = accumulate if name not in ("grad", "grad_d", "skipped", "part") else 1  # entries a step
-            for i in (~torch.stack(values).isfinite()).nonzero().flatten().tolist():
-                back = (len(values) - 1 - i) // each
-                bad.append((done - back, each == 1 or name == "loss", name, int(self.values["part"][-1 - back])))
-        if bad:
-            step, _, name, part = min(bad, key=lambda b: b[:2])  # a term rather than their sum or its gradient
-            names = clips(step - 1, part)
-            tqdm.write(f"step {step}: {name} was not finite; of {len(skipped)} updates since the last log line {sum(skipped):.0f} were left out; "
+    def report_skipped(self, done: int, clips) -> None:
+        """Name the first update since the last log line that was left out, what was not finite, and clips(step, micro-batch). Five updates in a
+        row that were left out end the run, whose last checkpoint is from before them."""
+        skipped = torch.stack(self.values["skipped"]).tolist()
+        if any(skipped):
+            back = len(skipped) - next(i for i, one in enumerate(skipped) if one)
+            name = next(name for name, v in self.values.items() if not torch.stack(v).isfinite().all())  # terms stand before their sum and its gradient
+            names = clips(done - back, int(self.values["part"][-back])) if not name.startswith("grad") else ["unknown: each loss was finite"]
+            tqdm.write(f"step {done - back + 1}: {name} was not finite; of {len(skipped)} updates since the last log line {sum(skipped):.0f} were left out; "
                        f"among the clips {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}")  # fmt: skip
         for one in skipped:
             self.streak = self.streak + 1 if one else 0
@@ -363,11 +360,6 @@ def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
     except Exception as e:  # whatever the compiler raises, training can go on without it
         tqdm.write(f"torch.compile cannot run here ({type(e).__name__}: {str(e).splitlines()[0][:120]}): training goes on eagerly")
         return module
-
-
-def first_bad(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Which of a step's micro-batches was the first whose loss is not finite (0, if none)."""
-    return torch.stack(parts).isfinite().float().argmin()
 
 
 class Stop:
@@ -441,10 +433,8 @@ def evaluate(vae: SemanticVAE, data: Data, clips: list[int], mel: MelDistance, d
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="settings below, and the network's size (default %(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/vae"), help="run folder (default %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
     parser.add_argument("--init", help="start from the weights of this VAE (folder or hub id), to fine-tune it")
     parser.add_argument("--latent-dim", type=int, help="dimensions of the latent (paper: 64; its baselines: 16 and 64)")
     parser.add_argument("--mel", action=argparse.BooleanOptionalAction, default=False, help="the mel baseline: train a vocoder on log-mel frames of --latent-dim bands, which need no encoder")
@@ -459,7 +449,6 @@ def parse_args(argv=None):
     parser.add_argument("--kl-weight", type=float, default=0.01, help="default %(default)s")
     parser.add_argument("--adv-start", type=int, default=0, help="first step with discriminators (default %(default)s)")
     parser.add_argument("--disc-width", type=float, default=1, help="channels of the discriminators, relative to the paper's (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=600_000, help="updates (default %(default)s)")
     parser.add_argument("--batch-seconds", type=float, default=192, help="audio in one update, over all ranks (default %(default)s)")
     parser.add_argument("--crop", type=float, default=3, help="seconds of a training crop (default %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=8, help="crops a rank handles at once: lower it if memory runs out (default %(default)s)")
@@ -469,15 +458,8 @@ def parse_args(argv=None):
     parser.add_argument("--encoder-warmup", type=int, default=0, help="steps in which it rises from 0 (default %(default)s)")
     parser.add_argument("--unit-latents", action=argparse.BooleanOptionalAction, default=False, help="begin with informative latents: see unit_latents()")
     parser.add_argument("--clip", type=float, default=10, help="largest gradient norm, of both networks (default %(default)s)")
-    parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
-    parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
-    parser.add_argument("--keep", type=int, default=0, help="also keep the averaged weights of so many evaluations, as OUT/step0005000 (default %(default)s)")
-    parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
     parser.add_argument("--eval-clips", type=int, default=16, help="validation clips (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile, of the discriminators only on a GPU (default: on a GPU)")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="matrix products in bfloat16 (default: on a GPU)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     return read_args(parser, "train_vae", argv)
 
 
@@ -496,12 +478,18 @@ def main(argv=None):
     # ---- networks and optimisers
     if args.init:
         vae = SemanticVAE.from_pretrained(args.init).train()
+        if args.latent_dim and args.latent_dim != vae.config.latent_dim:
+            raise InputError(f"{args.init} has latents of {vae.config.latent_dim} dimensions, not {args.latent_dim}: drop --latent-dim")
         found, expected = (vae.config.ssl_layers * vae.config.ssl_dim, vae.config.align), (ssl["dim"], args.align) if with_ssl else None
         if with_ssl and found != expected:
             raise InputError(f"{args.init} was aligned {found[1]} with features of width {found[0]}, {ssl['model']} gives width {ssl['dim']} and --align is {args.align}")
     else:
         settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=ssl["dim"] // layers if with_ssl else 0, ssl_layers=layers, align=args.align, mel=args.mel)
         vae = SemanticVAE(VAEConfig(**settings | ({"latent_dim": args.latent_dim} if args.latent_dim else {})))
+    if not data.split("valid"):
+        raise InputError(f"{args.data} holds no validation clips: prepare it with --valid 0.01")
+    if not with_ssl and vae.projectors:
+        vae.projectors.requires_grad_(False)  # of the VAE in --init: nothing is aligned
     if vae.config.sample_rate != data.rate:
         raise InputError(f"the VAE works at {vae.config.sample_rate} Hz, {args.data} holds {data.rate} Hz")
     vae.to(device)
@@ -577,8 +565,8 @@ def main(argv=None):
         left_out = torch.zeros((), device=device)
         if adversarial:
             for i, batch in enumerate(batches):
-                with torch.no_grad() if outputs is None else contextlib.nullcontext():
-                    fake = (forward(batch) if outputs is None else outputs[i])[0].detach()
+                with torch.no_grad():
+                    fake = (outputs[i] if outputs else forward(batch))[0].detach()
                 with hold(ddp_d, i == accumulate - 1):
                     with autocast():
                         both = ddp_d(torch.cat([fake, batch["wave"]]))
@@ -590,7 +578,8 @@ def main(argv=None):
             left_out = guarded_step(optimizer_d, norm_d)
             means.add({"grad_d": norm_d})
 
-        # ---- generator step: no gradient for the discriminators' weights, none through the real signal
+        # ---- generator step: gradients flow through the discriminators to the decoder, but none is kept for their weights, which are not
+        # stepped here; none through the real signal
         discriminators.requires_grad_(False)
         parts = []
         for i, batch in enumerate(batches):
@@ -609,11 +598,11 @@ def main(argv=None):
                 loss = sum(weights[k] * v for k, v in losses.items())
                 (loss / accumulate).backward()
             parts.append(loss.detach())
-            means.add({"loss": loss, **losses, "wave": F.l1_loss(again.detach(), wave)})
+            means.add({**losses, "loss": loss, "wave": F.l1_loss(again.detach(), wave)})
         discriminators.requires_grad_(True)
         norm = nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
         left_out = torch.maximum(guarded_step(optimizer, norm), left_out)
-        means.add({"grad": norm, "skipped": left_out, "part": first_bad(parts)})
+        means.add({"grad": norm, "skipped": left_out, "part": torch.stack(parts).isfinite().float().argmin()})  # the first micro-batch that is not finite
         update_ema(ema, vae, args.ema, step)
 
         # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
@@ -622,7 +611,7 @@ def main(argv=None):
         if device.type == "cuda" and rank == 0 and step == first:
             tqdm.write(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, in every step: all batches are alike")
         if logging:
-            means.report_skipped(done, accumulate, heard_at)
+            means.report_skipped(done, heard_at)
             row = means.read(world)
         if evaluating and rank == 0:
             scores = evaluate(ema, data, clips, mel, device, args.out / "samples", done)

@@ -56,6 +56,26 @@ def seconds_of(call, repeats: int = 9) -> float:
     return statistics.median(times[2:])
 
 
+def step_flops(dit: DiT, frames: int, length: float) -> float:
+    """Additions and multiplications of a training step over `frames` latent frames in utterances of `length` frames on average:
+    two a weight and frame forward, twice that backward, and attention's two products. What does not grow with frames is left out."""
+    once = ("attn_norm", "norm_out", "time_embed", "text_embed.text_embed")  # once an utterance, or a look-up
+    weights = sum(p.numel() for name, p in dit.named_parameters() if p.ndim > 1 and not any(k in name for k in once))
+    return 6 * frames * (weights + 2 * dit.config.depth * dit.config.width * length)
+
+
+def matrix_rate(device, dtype, repeats: int = 4) -> float:
+    """The device's FLOP/s in large square matrix products, the yardstick of MFU."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (a @ b).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
 class Enough(Exception):
     """Ends a training, before it evaluates at its end."""
 
@@ -151,7 +171,7 @@ def decoder(form: str, work: Path) -> dict:
         vae = fold_weight_norm(vae)
     decode = torch.compile(vae.decode) if form == "compiled" else vae.decode
     seconds = seconds_of(lambda: decode(z)) / 5
-    return dict(seconds=seconds, memory=memory_of(lambda: decode(z)), share=46.6e9 / seconds / train_tts.matrix_rate(DEVICE, torch.float32, 20))
+    return dict(seconds=seconds, memory=memory_of(lambda: decode(z)), share=46.6e9 / seconds / matrix_rate(DEVICE, torch.float32, 20))
 
 
 def vae(form: str, work: Path) -> dict:
@@ -162,7 +182,7 @@ def vae(form: str, work: Path) -> dict:
     flags = [str(f) for f in flags]
     train = lambda: plain.train(flags, DEVICE) if form == "plain" else train_vae.main([*flags, "--compile" if form == "compiled" else "--no-compile"])
     seconds = seconds_of_a_step(train_vae, train, steps) / crops
-    return dict(seconds=seconds, memory=peak_memory(), share=75.5e12 / 192 * crop / seconds / train_tts.matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32, 20))
+    return dict(seconds=seconds, memory=peak_memory(), share=75.5e12 / 192 * crop / seconds / matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32, 20))
 
 
 def dit(form: str, work: Path) -> dict:
@@ -173,8 +193,8 @@ def dit(form: str, work: Path) -> dict:
     seconds = seconds_of_a_step(train_tts, lambda: train_tts.main([str(f) for f in flags]), steps)
     examples = train_tts.Utterances(Data(work / "data", ("latents",)), "train", batch, 1, 0)
     lengths = [sum(examples.frames[i] for i in run) for run in examples.step(0)]
-    work_done = train_tts.step_flops(DiT(DiTConfig()), batch * 40, float(np.mean(lengths))) / seconds
-    return dict(seconds=seconds, memory=peak_memory(), tflops=work_done / 1e12, mfu=work_done / train_tts.matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32, 20))
+    work_done = step_flops(DiT(DiTConfig()), batch * 40, float(np.mean(lengths))) / seconds
+    return dict(seconds=seconds, memory=peak_memory(), tflops=work_done / 1e12, mfu=work_done / matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32, 20))
 
 
 def data(form: str, work: Path) -> dict:
@@ -328,7 +348,7 @@ def take_turns(what: str, folder: str) -> dict[str, dict]:
 
 def main():
     name = torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    print(f"torch {torch.__version__} on {name}; matrix products at {train_tts.matrix_rate(DEVICE, torch.float32) / 1e12:.2f} TFLOP/s in float32, {train_tts.matrix_rate(DEVICE, torch.bfloat16) / 1e12:.2f} in bfloat16")
+    print(f"torch {torch.__version__} on {name}; matrix products at {matrix_rate(DEVICE, torch.float32) / 1e12:.2f} TFLOP/s in float32, {matrix_rate(DEVICE, torch.bfloat16) / 1e12:.2f} in bfloat16")
     with tempfile.TemporaryDirectory() as folder:
         noise_data(Path(folder) / "data", 2.0 if GPU else 0.1)
         for what in sys.argv[1:] or FORMS:

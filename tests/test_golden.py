@@ -130,7 +130,7 @@ def test_losses():
     info, inputs, expected, weights = case("losses")
     inputs = {f"loss.{k}": v for k, v in inputs.items()}
     fake, real = inputs[info["fake"]][:, 0], inputs[info["real"]][:, 0]
-    # The json states scale 1 for this signal, which SPEC calls near-silent; the stored output is that of scale 1e-5.
+    # The json states scale 1 for this signal, which the case calls near-silent; the stored output is that of scale 1e-5.
     quiet = reference.signal("loss.quiet", *info["inputs"]["loss.quiet"]["shape"], scale=1e-5)[:, 0]
     mel = train_vae.MelDistance(16000)
     close(torch.stack(mel.scales(fake, real)), expected["mel_per_scale"], "mel_per_scale", relative=True)

@@ -129,7 +129,7 @@ def test_a_learned_mix_of_layers_is_a_weighted_sum():
 
 
 def test_spread_evenly_gives_each_character_its_frames():
-    """SPEC: each of n characters gets frames // n frames, the last frames % n one more."""
+    """Each of n characters gets frames // n frames, the last frames % n one more."""
     for frames, n in [(10, 3), (12, 4), (7, 7), (5, 1), (9, 0), (13, 5)]:
         text = torch.arange(1.0, 15)[None, :, None]  # character i has value i + 1; 14 frames in the batch
         expected = [i + 1 for i in range(n) for _ in range(frames // n + (i >= n - frames % n))]

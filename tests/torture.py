@@ -202,7 +202,7 @@ def manifests(root: Path):
 
     def read(rng):
         (root / "manifest.csv").write_bytes(damage(whole, rng))
-        for name, _, speaker, text, split in prepare.list_clips(root / "manifest.csv", "auto"):
+        for name, _, speaker, text, split in prepare.list_clips(root / "manifest.csv"):
             line = f"{name}\t{split}\t{speaker}\t1\t{prepare.normalize_text(text, rng.choice(('raw', 'plain')))}"
             assert len(line.splitlines()) <= 1 and len(line.split("\t")) == 5, line
 
