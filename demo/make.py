@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 RATE = 16000
 TEST_VOICES = range(12, 16)  # never trained on, by anything in demo/
 
-# ----------------------------------------------------------------------------- sentences: a grammar of 70 words
+# ----------------------------------------------------------------------------- sentences: a grammar of 71 words
 WHO = "dog cat bird horse boy girl farmer teacher king queen doctor sailor".split()
 HOW = "old young little happy quiet clever".split()
 WHOSE = "the my our your".split()

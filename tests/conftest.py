@@ -82,7 +82,7 @@ class World:
     def __init__(self, root: Path):
         self.root = root
         self.corpus, self.ssl, self.sv = write_corpus(root / "corpus"), tiny_ssl(root / "ssl"), tiny_sv(root / "sv")
-        self.data, self.vae, self.tts, self.generated = root / "data", root / "vae", root / "tts", root / "generated"
+        self.data, self.vae, self.tts = root / "data", root / "vae", root / "tts"
         prepare.main([str(self.corpus), "--out", str(self.data), "--ssl", str(self.ssl), "--text", "plain"])
         train_vae.main(["--data", str(self.data), "--out", str(self.vae), *VAE_FLAGS])
         prepare.main(["--out", str(self.data), "--ssl", "none", "--vae", str(self.vae)])

@@ -208,6 +208,8 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     for change, words in (({"decoder_dim": "128"}, ["wrong kind"]), ({"latent_dim": -8}, ["cannot have"]), ({"decoder_rates": [9] * 10**4}, ["cannot have"]), ({"strange": 1}, ["strange"])):
         (tmp_path / "config.json").write_text(json.dumps(config | {"config": config["config"] | change}))
         refused(SemanticVAE, tmp_path, *words)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"config": config["config"] | {"encoder_rates": [4, 4, 5, 4]}}))
+    refused(SemanticVAE, tmp_path, "make frames of 320 samples", "of 400")
     (tmp_path / "config.json").write_text(json.dumps(config))
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -236,6 +238,9 @@ def test_authors_release_is_read_key_by_key(tmp_path):
     ):
         authors_release(tmp_path / name, **change)
         refused(SemanticVAE, tmp_path / name, words)
+    for value in ([1], {"encoder.block.0.bias": 3}, {"encoder.block.0.bias": torch.zeros(0), "fc_mu.bias": torch.zeros(0), "decoder.conv_pre.bias": torch.zeros(0)}):
+        torch.save(value, tmp_path / "good" / "dac" / "ema_state_dict.pth")
+        refused(SemanticVAE, tmp_path / "good", "ema_state_dict.pth")
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path):

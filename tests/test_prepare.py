@@ -95,28 +95,26 @@ def test_bad_input(tmp_path, fails, world):
     table = tmp_path / "m.csv"
     table.write_text("audio|text\na.wav|hello\n")
     fails(prepare.main, [table, *out], "has no column speaker", "'audio|text'")
-    table.write_text("audio|speaker|text\na.wav|s\n")
-    fails(prepare.main, [table, *out], "line 2", "expected 3")
+    table.write_text("audio|speaker|text\n\na.wav|s\n")
+    fails(prepare.main, [table, *out], "line 3", "expected 3")
     table.write_bytes("audio|speaker|text\na.wav|s|grün\n".encode("latin-1"))
     fails(prepare.main, [table, *out], "is not UTF-8")
     table.write_text("audio|speaker|text\na.wav|s|hello\n")
     fails(prepare.main, [table, *out], "all 1 clips were dropped", "unreadable")
+    sf.write(tmp_path / "a.wav", tone(1, 0), RATE)
+    prepare.main([str(a) for a in (table, *out)])  # mended, it is looked at again
+    (tmp_path / "out" / "index.tsv").write_text((tmp_path / "out" / "index.tsv").read_text().replace("train", "valid"))
+    fails(prepare.main, [*out, "--vae", world.vae], "holds no training clips")
+    fails(prepare.main, ["--out", world.data, "--layer", 1], "layer -1, not", "layer 1: choose another --out")
     fails(prepare.main, [world.corpus, "--out", tmp_path / "out2", "--ssl", tmp_path / "empty"], "cannot load the SSL model")
     fails(prepare.main, ["--out", world.data, "--ssl", world.sv], "already holds SSL features of")
     fails(prepare.main, [world.corpus, "--out", world.data, "--ssl", "none", "--text", "raw"], "was made with other settings")
     fails(prepare.main, ["--out", world.data, "--ssl", "none", "--vae", world.tts], "holds a DiT, expected a SemanticVAE")
 
 
-def test_manifests_with_a_byte_order_mark_and_crlf(tmp_path):
-    corpus = write_corpus(tmp_path / "in", 3)
-    lines = (corpus / "manifest.csv").read_text()
-    (corpus / "manifest.csv").write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
-    prepare.main([str(corpus), "--out", str(tmp_path / "out"), "--ssl", "none"])
-    assert len(Data(tmp_path / "out").clips) == 3
-
-
-def test_several_manifests(tmp_path):
+def test_several_manifests_one_with_a_byte_order_mark_and_crlf(tmp_path):
     a, b = write_corpus(tmp_path / "a", 3), write_corpus(tmp_path / "b", 4)
+    (a / "manifest.csv").write_bytes(b"\xef\xbb\xbf" + (a / "manifest.csv").read_bytes().replace(b"\n", b"\r\n"))
     prepare.main([str(a), str(b / "manifest.csv"), "--out", str(tmp_path / "out"), "--ssl", "none"])
     assert len(Data(tmp_path / "out").clips) == 7
 
@@ -207,6 +205,9 @@ def test_ssl_batches_equal_one_by_one(kind, tmp_path):
             (alone,) = ssl([waves[i]])
             assert together.shape == alone.shape and abs(len(alone) - 50 * len(waves[i]) / RATE) <= 1.5
             assert (together - alone).abs().max() < 1e-4, f"{kind}: {(together - alone).abs().max()}"
+    if kind == "whisper":
+        with pytest.raises(prepare.InputError, match="30 s at most"):
+            ssl([np.zeros(31 * RATE, np.float32)])
 
 
 def test_other_teachers(world, tmp_path, fails):

@@ -220,7 +220,11 @@ def test_fine_tuning_starts_from_the_given_weights(world, tmp_path, capsys, fail
     train_vae.main(VAE(world, tmp_path / "vae", steps=1, eval_every=1, lr=1e-9) + ["--init", str(world.vae)])
     a, b = load_file(world.vae / "model.safetensors"), load_file(tmp_path / "vae" / "model.safetensors")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
-    train_tts.main(TTS(world, tmp_path / "tts", steps=2, lr=1e-9) + ["--init", str(world.tts)])
+    train_vae.main(VAE(world, tmp_path / "audio", steps=1, eval_every=1, align_weight=0) + ["--init", str(world.vae)])  # needs no features
+    c = load_file(tmp_path / "audio" / "model.safetensors")
+    assert all(torch.equal(a[k], c[k]) == k.startswith("projectors.") for k in a if k.endswith("weight"))
+    fails(train_vae.main, VAE(world, tmp_path / "wide", latent_dim=7) + ["--init", str(world.vae)], "has latents of 16 dimensions, not 7")
+    train_tts.main(TTS(world, tmp_path / "tts", steps=1, lr=1e-9) + ["--init", str(world.tts)])
     a, b = load_file(world.tts / "model.safetensors"), load_file(tmp_path / "tts" / "model.safetensors")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
     config = json.loads((world.tts / "config.json").read_text())
@@ -333,10 +337,13 @@ def test_bad_input(world, tmp_path, fails):
     fails(train_vae.main, [*out, "--resume"], "holds no run to resume")
     fails(train_tts.main, ["--data", world.data, "--out", world.tts], "already holds a run", "--resume")
     fails(train_tts.main, ["--data", world.data, *out, "--batch-seconds", "1"], "--batch-seconds 1.0 is less than the longest example")
-    fails(train_vae.main, ["--data", world.data, *out, "--init", world.tts], "holds a DiT, expected a SemanticVAE")
 
     copy = tmp_path / "copy"
     shutil.copytree(world.data, copy)
+    index = (copy / "index.tsv").read_text()
+    (copy / "index.tsv").write_text(index.replace("\tvalid\t", "\ttrain\t"))
+    fails(train_vae.main, ["--data", copy, *out], "holds no validation clips")
+    (copy / "index.tsv").write_text(index)
     meta = json.loads((copy / "meta.json").read_text())
     (copy / "ssl.bin").write_bytes((copy / "ssl.bin").read_bytes()[:-2])
     fails(train_vae.main, ["--data", copy, *out], "ssl.bin has", "bytes, expected", "prepare.py")
