@@ -391,9 +391,8 @@ def stopped_at(out: Path, step: int, signal: int, rank: int) -> int:
 
 
 def guarded_step(optimizer: torch.optim.AdamW, norm: torch.Tensor) -> torch.Tensor:
-    """One update; left out if the gradients' norm is not finite, which the fused kernel sees for itself, so that the CPU need
-    not wait for the device. Returns 1 if it was left out."""
-    optimizer.found_inf = (~norm.isfinite()).float()
+    """One update; left out if the gradients' norm is not finite, without the CPU waiting for the device. Returns 1 if it was left out."""
+    optimizer.found_inf = (~norm.isfinite()).float()  # what torch's GradScaler sets, too: the fused step does nothing where it is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer.found_inf
@@ -539,7 +538,7 @@ def main(argv=None):
         fast_d = compiled(discriminators, args.compile and device.type == "cuda", example)
     wrap = lambda m: DistributedDataParallel(m, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else m
     fast_vae, ddp_d = wrap(fast_vae), wrap(fast_d)
-    hold = lambda module, last: contextlib.nullcontext() if last or world == 1 else module.no_sync()
+    hold = lambda module, last: contextlib.nullcontext() if last or world == 1 else module.no_sync()  # ranks' gradients are summed once a step
 
     def forward(batch):
         with autocast():
