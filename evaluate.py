@@ -79,7 +79,7 @@ def find_audio(root: Path, name: str) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise InputError(f"no recording {name} in {root} (looked for {', '.join(map(str, places))})")
+    raise InputError(f"no recording {name} in {root} (looked for {places[0]} and {places[1]})")
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
     python demo/make.py ssl --data BIG [--data REAL]  # demo/ssl: tiny WavLM with a CTC head: teacher and recogniser
     python demo/make.py sv  --data BIG [--data REAL]  # demo/sv: tiny WavLM x-vector: speaker similarity
     python demo/make.py export --run RUN --out DIR    # demo/vae and demo/tts: a run's weights in float16, and its log
-    python demo/make.py curves --run A --run B        # demo/curves: the logs of runs, and the error rates of the DiTs among them side by side
+    python demo/make.py dilemma --work W --run ROW --run ROW …   # demo/dilemma: the small reproduction of the paper's comparison
 
 flite (a Debian package) speaks the sentences with four voices; their pitch, formants and rate are changed so that every
 voice number is a speaker of its own. Voices 12-15 and one sentence in eight are held out from all training.
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -300,7 +301,7 @@ def export(args):
     sys.path.insert(0, str(HERE.parent))
     from model import DiT, SemanticVAE
 
-    run = args.run[0]
+    run = Path(args.run[0])
     notes = json.loads((run / "config.json").read_text())
     kind = {"DiT": DiT, "SemanticVAE": SemanticVAE}[notes.pop("model")]
     del notes["config"]  # save_pretrained writes it again
@@ -311,37 +312,61 @@ def export(args):
         shutil.copy(run / name, args.out / name)
 
 
-def make_curves(args):
-    """An SVG of the DiTs among the runs, a line each: the character error rate of the fixed sentences against the step. All runs' logs and settings go beside it."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    width, height, left, colours = 640, 360, 50, ("#1b6ca8", "#c8553d", "#4f8f3a", "#7a4fa3")
-    curves = {}
-    for run in args.run:
-        (args.out / run.name).mkdir(exist_ok=True)
+def make_dilemma(args):
+    """The rows of the small reproduction side by side. For each ROW, --work holds the runs v-ROW and t-ROW, evaluate.py's scores/ROW.csv, and of another judge
+    scores/ROW/{reconstruction,synthesis}.judge, a line an utterance: WER %, similarity, file, |text| -> |heard|. Written are all settings and logs, every
+    utterance's scores, the figure, and the table, with 95 % bootstrap intervals over utterances."""
+    import jiwer
+    from matplotlib.figure import Figure
+
+    sys.path.insert(0, str(HERE.parent))
+    from evaluate import interval, normalize
+
+    spread = lambda values, digits: "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(np.mean(values), *interval(values), d=digits)
+    read = lambda path: list(csv.DictReader(open(path, encoding="utf-8")))
+    figure, utterances = Figure((10, 4), layout="constrained"), []
+    across, along = figure.subplots(1, 2)
+    table = ["| row | mel | judge: WER % | SIM | demo's: CER % | judge: WER % | SIM | demo's: CER % | `valid_loss` |", "|---" * 9 + "|"]
+    for row in args.run:
         for name in ("args.json", "log.csv"):
-            shutil.copy(run / name, args.out / run.name / name)
-        curves[run.name] = [(int(r["step"]), float(r["cer"])) for r in csv.DictReader(open(run / "log.csv")) if r.get("cer")]
-    curves = {name: points for name, points in curves.items() if points}
-    last = max(step for points in curves.values() for step, _ in points)
-    x, y = lambda step: left + (width - left - 10) * step / last, lambda cer: 10 + (height - 50) * (1 - min(cer, 1.0))
-    text = lambda px, py, words, more="": f'<text x="{px:.0f}" y="{py:.0f}" {more}>{words}</text>'
-    parts = [f'<path d="M{left} {y(c):.0f}H{width - 10}" stroke="#ddd"/>' + text(left - 6, y(c) + 4, f"{c:.0%}", 'text-anchor="end"') for c in (0, 0.25, 0.5, 0.75, 1)]
-    parts += [text(x(s), height - 22, f"{s:,}", 'text-anchor="middle"') for s in range(0, last + 1, max(1000, round(last / 5, -3)))]
-    parts += [text((left + width) / 2, height - 5, "step", 'text-anchor="middle"')]
-    for i, ((name, points), colour) in enumerate(zip(curves.items(), colours)):
-        line = " ".join(f"{x(step):.1f},{y(cer):.1f}" for step, cer in points)
-        parts += [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>', text(width - 12, 26 + 18 * i, name, f'text-anchor="end" fill="{colour}"')]
-    body = "\n".join(parts)
-    (args.out / "cer.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n')
+            for stage in ("vae", "tts"):
+                (args.out / row / stage).mkdir(parents=True, exist_ok=True)
+                shutil.copy(args.work / f"{stage[0]}-{row}" / name, args.out / row / stage / name)
+        scores, cells = {}, []
+        for line in read(args.work / "scores" / f"{row}.csv"):
+            cer = 100 * jiwer.cer(normalize(line["reference"]), normalize(line["hypothesis"]))
+            scores[line["system"], Path(line["utterance"]).stem] = dict(row=row, system=line["system"], utterance=line["utterance"], mel=line["mel"], cer=cer, heard=line["hypothesis"])
+        for system in ("reconstruction", "synthesis"):
+            for line in (args.work / "scores" / row / f"{system}.judge").read_text(encoding="utf-8").splitlines():
+                if found := re.fullmatch(r" *([\d.]+) +([\d.]+) +(?:rec_)?(\S+)\.wav +\|.*\| +-> +\|(.*)\|", line):
+                    scores[system, found[3]] |= dict(judge_wer=float(found[1]), judge_sim=float(found[2]), judge_heard=found[4])
+            mine = [v for (kind, _), v in scores.items() if kind == system]
+            cells += [spread([v["judge_wer"] for v in mine], 0), spread([v["judge_sim"] for v in mine], 2), spread([v["cer"] for v in mine], 0)]
+            utterances += mine
+        mel = np.mean([float(v["mel"]) for (kind, _), v in scores.items() if kind == "reconstruction"])
+        errors = [v["cer"] for (kind, _), v in scores.items() if kind == "synthesis"]
+        log = [r for r in read(args.out / row / "tts" / "log.csv") if r["cer"]]
+        low, high = interval(errors)
+        colour = next(iter(across.errorbar(mel, np.mean(errors), [[np.mean(errors) - low], [high - np.mean(errors)]], fmt="o", capsize=3))).get_color()
+        across.annotate(row, (mel, np.mean(errors)), textcoords="offset points", xytext=(6, 4), color=colour)
+        along.plot([int(r["step"]) for r in log], [100 * float(r["cer"]) for r in log], label=row, color=colour)
+        table.append(f"| {row} | {mel:.2f} | {' | '.join(cells)} | {log[-1]['valid_loss']} |")
+    across.set(xlabel="mel distance of reconstructions", ylabel="character errors of syntheses, %")
+    along.set(xlabel="step of the DiT", ylabel="character errors of 12 fixed sentences, %"), along.legend(fontsize="small")
+    figure.savefig(args.out / "dilemma.svg", metadata=dict(Date=None))
+    with open(args.out / "utterances.csv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, utterances[0], lineterminator="\n")
+        writer.writeheader(), writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in u.items()} for u in utterances)
+    print("\n".join(table))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["corpus", "ssl", "sv", "export", "curves"])
+    parser.add_argument("what", choices=["corpus", "ssl", "sv", "export", "dilemma"])
     parser.add_argument("--out", type=Path, help="default: demo/WHAT; export needs it")
     parser.add_argument("--data", type=Path, action="append", default=[], help="ssl, sv: folder with manifest.csv or metadata.csv; may be repeated")
-    parser.add_argument("--run", type=Path, action="append", default=[], help="export: a run folder; curves: several, of different names")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/demo-make"), help="ssl, sv: where the state to resume from is kept")
+    parser.add_argument("--run", action="append", default=[], help="export: a run folder; dilemma: the names of the rows")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/demo-make"), help="ssl, sv: where the state to resume from is kept; dilemma: where everything is")
     parser.add_argument("--voices", type=int, default=16)
     parser.add_argument("--sentences", type=int, default=66, help="training sentences a voice")
     parser.add_argument("--steps", type=int, default=3500)
@@ -350,10 +375,10 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if len({run.name for run in args.run}) != len(args.run) or not {"export": len(args.run) == 1, "curves": len(args.run) > 1}.get(args.what, not args.run):
-        parser.error("export takes one --run, curves several of different names, the others none")
+    if not {"export": len(args.run) == 1, "dilemma": args.run}.get(args.what, not args.run):
+        parser.error("export takes one --run, dilemma some, the others none")
     if args.what == "export" and not args.out:
         parser.error("export needs --out: demo/vae or demo/tts")
     args.out = args.out or HERE / args.what
     args.work.mkdir(parents=True, exist_ok=True)
-    {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv, "export": export, "curves": make_curves}[args.what](args)
+    {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv, "export": export, "dilemma": make_dilemma}[args.what](args)

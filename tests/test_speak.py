@@ -310,7 +310,7 @@ def test_bad_input(world, tmp_path, fails):
     (tmp_path / "bad.lst").write_text(f"{tmp_path}/no.wav\t1\ta\t{tmp_path}/no.wav\t1\tb\n")
     fails(evaluate.main, [*score, tmp_path / "bad.lst"], "no recording", "no.wav")
     (tmp_path / "bad.lst").write_text((world.corpus / "test.lst").read_text().replace("by the river", "..."))
-    fails(evaluate.main, [*score, tmp_path / "bad.lst"], "is empty once punctuation is removed")
+    fails(evaluate.main, [*score, tmp_path / "bad.lst", "--audio", world.corpus], "is empty once punctuation is removed")
     fails(evaluate.main, [*score[:2], "--sim", tmp_path / "bad.lst", "--list", world.corpus / "test.lst"], "cannot load the speaker model")
 
 
