@@ -336,7 +336,7 @@ def read_records(work: Path, key: str) -> dict[tuple[str, str], dict]:
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Semantic-VAE: report</title><style>
 :root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}img,audio{max-width:100%}img{background:#fff}
-.wide{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}
+.wide{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.2rem .6rem;text-align:right}td{white-space:nowrap}td:first-child,th:first-child{text-align:left}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem}figure{margin:0;min-width:0}small{overflow-wrap:anywhere}</style>"""
 
 
