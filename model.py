@@ -11,7 +11,7 @@ a prompt in any voice.
     noise, prompt latents, text --DiT, 32 Euler steps--> z --decoder--> audio    stage 2: train_tts.py, sample.py
 
 Axes: B batch, T audio samples, N latent frames (T / hop), S SSL frames, C channels, D features, W width of the DiT, H heads, L bytes of text.
-Convolutions see [B, C, N]; attention, latents and everything between the two stages are [B, N, D].
+Convolutions see [B, C, N]; attention, latents and everything between the two stages are [B, N, D]. Inside a network, N and D are its own.
 
 Parameters carry the names of the authors' release (VAE) and of F5-TTS (DiT), so a state dict needs no translation.
 """
@@ -55,7 +55,7 @@ class VAEConfig:
     decoder_rates: tuple[int, ...] = (5, 5, 2, 2, 2, 2)
     decoder_kernels: tuple[int, ...] = (9, 9, 4, 4, 4, 4)
     resblock_kernels: tuple[int, ...] = (3, 7, 11)
-    ssl_dim: int = 1024  # width of the features the alignment head reads; 0 leaves the head out
+    ssl_dim: int = 1024  # width of the features that the alignment head projects; 0 leaves the head out
     ssl_layers: int = 1  # of how many layers side by side: more than 1 are mixed by learned weights
     align: str = "down"  # features projected to the latent (the paper), or the latent "up" to the features
     mel: bool = False  # the baseline: latent_dim log-mel bands in place of encoder and posterior
@@ -239,7 +239,7 @@ class CausalAttention(nn.Module):
         self.proj = nn.Linear(out_dim, out_dim)
 
     def forward(self, x):  # [B, N, D]
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # one of the keys would cancel in the softmax
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # a bias of the keys would cancel in the softmax
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).mean(1)  # [B, N, D/H]
@@ -262,8 +262,8 @@ class GatedMLP(nn.Module):
 class AttentionProjection(nn.Module):
     """From the encoder's width to the latent's: y = proj(LN₃ x) + attn(LN₁ x), then y + mlp(LN₂ y).
 
-    Causal, so that a latent frame never depends on how much speech follows it beyond the convolutions' reach: a prompt has the
-    same latents alone as with speech behind it."""
+    Causal, so that a latent frame never depends on how much speech follows it beyond the convolutions' reach: but for its
+    last few frames, a prompt has the same latents alone as with speech behind it."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -314,8 +314,9 @@ def extend(x, first, last, left: int, right: int):
 
 
 TAPS = tuple(lowpass().flatten().tolist())
-DOWN_EVEN, DOWN_ODD = TAPS[1::2], TAPS[0::2]  # what the 2x signal's even and odd samples weigh in an output
-# What inputs weigh in those: the filter, which is symmetric, twice as high, since every other sample is a zero put between. 0: both read the same 7.
+DOWN_EVEN, DOWN_ODD = TAPS[1::2], TAPS[0::2]  # weights of the 2x signal's even and odd samples in an output
+# Weights of the inputs in those: the filter, which is symmetric, twice as high, since every other sample is a zero put between. A 0 is added, so
+# that both stencils read the same 7 inputs.
 UP_EVEN, UP_ODD = (*(2 * f for f in DOWN_ODD), 0.0), (0.0, *(2 * f for f in DOWN_EVEN))
 
 
@@ -333,7 +334,8 @@ class SnakeBeta(nn.Module):
 
 
 class AntiAliasedSnake(nn.Module):
-    """down₂(SnakeBeta(up₂(x))): at twice the rate, the harmonics that it adds are filtered out before they alias.
+    """down₂(SnakeBeta(up₂(x))): the harmonics that an activation adds would, above half the rate, fold back to wrong and audible
+    frequencies. At twice the rate they are filtered out first.
 
     up₂(x) = 2 · filter ∗ (x with zeros between), down₂(y) = every other sample of filter ∗ y. Both are stencils: the 2x signal's even
     and odd samples are 6-tap sums of inputs, and each output is a 12-tap sum over both. The interleaved 2x signal is never
@@ -395,10 +397,10 @@ class Decoder(nn.Module):
 
 
 class AlignmentHead(nn.Module):
-    """Makes of latents and SSL features the two that shall be alike: features are interpolated to the latent's frame rate and projected
-    *down* to its width (the paper; the layers are the authors'), so that latents are what can be told from the features.
+    """The two vectors a frame that alignment makes alike. SSL features are interpolated to the latent's frame rate and projected *down* to its
+    width (the paper; the layers are the authors'), so that latents can be predicted from the features.
 
-    `up` projects the latent to the features' width (VA-VAE, arXiv 2501.01423), so that the features can be told from the latents."""
+    `up` projects the latent to the features' width (VA-VAE, arXiv 2501.01423), so that the features can be predicted from the latents."""
 
     def __init__(self, ssl_dim: int, latent_dim: int, layers: int = 1, up: bool = False):
         super().__init__()
@@ -514,7 +516,7 @@ class SemanticVAE(Pretrained):
         return digest.hexdigest()[:16]
 
     def latents_hash(self) -> str:
-        """Names the latents: VAEs that differ in their decoder alone (train_vae.py --encoder-lr 0) can decode each other's."""
+        """Names the latents: VAEs that differ in their decoder's weights alone (train_vae.py --encoder-lr 0) can decode each other's."""
         return self.content_hash(without=self.BEHIND_LATENTS)
 
     @classmethod
@@ -557,7 +559,7 @@ def spread_evenly(text, counts, lengths):
     """Average upsampling (ZipVoice, arXiv 2506.13053): 3 characters over 10 frames get 3, 3 and 4 of them.
 
     text [B, N, D] holds counts [B] <= lengths [B] characters on the left and zeros behind. Each of n characters gets frames // n frames, the
-    last frames % n one more: the slower of two paces, one counted from the start, one from the end."""
+    last (frames % n) characters one more: the smaller of two indices, one counted from the start, one from the end."""
     n, lengths, frame = counts.clamp(min=1)[:, None], lengths[:, None], torch.arange(text.shape[1], device=text.device)
     each = (lengths // n).clamp(min=1)
     index = torch.minimum(frame // each, n - 1 - (lengths - 1 - frame) // (each + 1))  # [B, N]
@@ -588,13 +590,14 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x, inside):  # [B, N, D]
         y = self.norm(self.dwconv(x.transpose(1, 2)).transpose(1, 2))
-        return x + self.pwconv2(self.grn(F.gelu(self.pwconv1(y)), inside))  # [B, N, 2D] within
+        return x + self.pwconv2(self.grn(F.gelu(self.pwconv1(y)), inside))  # 2D between the two linear layers
 
 
 class TextEmbedding(nn.Module):
     """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, and (optionally) even spreading.
 
-    Text is shorter than speech: behind its end stand zeros. Dropped, it becomes as many fillers (row 0): its length stays known."""
+    Text is shorter than speech: behind its end stand zeros. Dropped, each byte becomes the filler, a vector learned for this
+    alone (row 0): the length stays known."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -622,7 +625,7 @@ class TextEmbedding(nn.Module):
 
 
 class InputEmbedding(nn.Module):
-    """Noised latents, prompt and text, side by side: x = linear(…), then x + two grouped convolutions, which tell neighbours apart."""
+    """Noised latents, prompt and text, side by side: x = linear(…), then x + two grouped convolutions, which mark each frame's place among its neighbours."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -651,7 +654,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Adaptive LayerNorm (AdaLN, arXiv 2212.09748): the time embedding sets each block's shifts, scales and gates, `chunks` vectors [B, 1, W]."""
+    """Adaptive LayerNorm (AdaLN, arXiv 2212.09748): `chunks` vectors [B, 1, W] from the time embedding: shifts, scales and gates."""
 
     def __init__(self, width: int, chunks: int):
         super().__init__()
@@ -676,9 +679,9 @@ def rotate(x, angle):
 class Attention(nn.Module):
     """softmax(R(q) R(k)ᵀ / √d) v over the frames inside, R the rotary position, in every head.
 
-    Padding is masked, so that an utterance comes out the same in any batch. Not by a mask, which keeps fast kernels away, and whose
-    gradient, compiled for all lengths, fails at the second (torch 2.11): eight more channels (a multiple, for those kernels) are 1
-    in q, and in k 0 or, behind the end, −10,000, which no softmax lets through. In v they are 0."""
+    Padding is masked, so that an utterance comes out the same in any batch. attn_mask would rule the fastest kernels out, and its backward
+    pass, compiled for dynamic lengths, fails at the second length (torch 2.11). Instead q, k and v get eight more channels (those kernels
+    want multiples of 8): 1 in q, 0 in v, and in k 0 or, behind the end, −10,000, which no softmax lets through."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -738,7 +741,8 @@ class DiT(Pretrained):
         self.proj_out = nn.Linear(config.width, config.latent_dim)
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))  # of the VAE's latents, over the training split
         self.register_buffer("latent_std", torch.ones(config.latent_dim))
-        # Zero AdaLN and output: at first every block is the identity, and the velocity 0. All else is PyTorch's default.
+        # Zero AdaLN and output: at first every block is the identity, and the velocity 0, so that a deep network starts
+        # stable and each block adds its share as it learns one. All else, but for GRN, is PyTorch's default.
         for linear in [self.norm_out.linear, self.proj_out] + [b.attn_norm.linear for b in self.transformer_blocks]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -770,7 +774,7 @@ class DiT(Pretrained):
 
 def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text):
     """‖v(x_t, t) − (x − noise)‖² over the span, x_t = (1 − t) · noise + t · x: at t = 0 noise, at t = 1 data, and between them the constant
-    velocity of the straight path. Summed over the frames (mean over features); with the number of those frames.
+    velocity of the straight path. Sum over the span's frames (mean over features), and the number of those frames.
 
     x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths [B];
     drop_* [B] bool where prompt or text is hidden, so that the network learns the velocity without them too. Returns two scalars,
@@ -793,10 +797,9 @@ def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0,
     decided what will be said where, and errors cost most. The prompt is written over the result."""
     given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
     prompt = prompt * given
-    keep, drop = torch.zeros_like(lengths, dtype=torch.bool), torch.ones_like(lengths, dtype=torch.bool)
-    embedded = dit.text_embed(text, lengths, noise.shape[1], keep)
+    embedded = dit.text_embed(text, lengths, noise.shape[1])
     if cfg:  # one batch of two: with and without prompt and text
-        embedded = torch.cat([embedded, dit.text_embed(text, lengths, noise.shape[1], drop)])
+        embedded = torch.cat([embedded, dit.text_embed(text, lengths, noise.shape[1], torch.ones_like(lengths, dtype=torch.bool))])
         prompt_both, lengths = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([lengths, lengths])
     t = torch.linspace(0, 1, steps + 1, device=noise.device)
     t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
@@ -873,8 +876,8 @@ def local_folder(name: str | Path) -> Path:
 
 
 def read_config(config_class, values, path: Path, most: int):
-    """The dataclass of these values; what they lack is the default. A name or kind of value that it does not know, or more layers than
-    `most`, is an InputError."""
+    """The dataclass of these values; what they lack is the default. A name or kind of value that it does not know, a size beyond reason, or
+    more layers than `most`, is an InputError."""
     try:
         config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except (AttributeError, TypeError) as e:  # not an object, or a name that is not a setting

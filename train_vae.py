@@ -85,8 +85,8 @@ def conv2d(*args, activate=True, **kwargs) -> nn.Module:
 
 
 class PeriodDiscriminator(nn.Module):
-    """The wave folded to [B, 1, T/p, p], each column convolved by itself (HiFi-GAN, arXiv 2010.05646): periodic errors stand in a row. The
-    periods are primes, so that none sees what another does."""
+    """The wave folded to [B, 1, T/p, p], each column convolved by itself (HiFi-GAN, arXiv 2010.05646): samples that
+    are p apart stand in one column, and errors of that period with them. Primes, so that no two see the same."""
 
     def __init__(self, period: int, width: float):
         super().__init__()
@@ -173,7 +173,7 @@ class Crops(torch.utils.data.Dataset):
         self.clips = data.split("train")
         if not self.clips:
             raise InputError(f"{data.folder} holds no training clips")
-        # SSL frames a latent frame, 5/4 for 50 and 40 a second: crops start and end where both grids meet.
+        # SSL frames per latent frame, 5/4 for 50 and 40 a second: crops start and end where both grids meet.
         self.ratio = Fraction(ssl["rate"]) * vae.hop / data.rate if ssl else Fraction(1)
         self.grid = self.ratio.denominator
         self.frames = round(seconds * data.rate / vae.hop / self.grid) * self.grid
