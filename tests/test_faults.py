@@ -23,6 +23,7 @@ import sample
 import train_tts
 import train_vae
 from model import DiT, InputError, SemanticVAE, load_torch
+from prepare import Data
 
 RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ONE = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -128,6 +129,15 @@ def test_a_full_disk_costs_nothing_that_was_there(world, tmp_path, fails):
     train_vae.main(["--resume", "--out", str(out), "--steps", "4"])
     assert [r["step"] for r in rows(out)] == list("1234")
     fails(train_vae.main, VAE(world, Path("/proc/nowhere")), "cannot write in /proc/nowhere")
+    data = tmp_path / "data"  # whose arrays are written through a map: room for them is made first
+    shutil.copytree(world.data, data)
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "ssl"}))
+    limit = (data / "ssl.bin").stat().st_size - 1
+    code, _, error = ended(start(sys.executable, ROOT / "prepare.py", "--out", data, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    assert code == 2 and "error: cannot write" in error and "Traceback" not in error, error[-2000:]
+    prepare.main(["--out", str(data)])
+    assert json.loads((data / "meta.json").read_text())["ssl"] == meta["ssl"] and Data(data, ("ssl", "latents"))
 
 
 def test_a_file_that_would_unfold_to_any_size_is_not_unfolded(tmp_path):
