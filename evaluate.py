@@ -386,32 +386,31 @@ def heard_learning(run: Path) -> str:
 
 
 @torch.no_grad()
-def projection(vae: str, recordings: list[Path], asr, device) -> str:
-    """Latent frames, each coloured by the letter that the (CTC) recogniser finds likeliest in it, in the plane that separates the letters' means best."""
-    model, latents, letters = SemanticVAE.from_pretrained(vae).to(device), [], []
-    names = asr.tokenizer.convert_ids_to_tokens(range(asr.model.config.vocab_size))
-    alphabet = torch.tensor([i for i, name in enumerate(names) if name and len(name) == 1 and name.isalpha()], device=device)
+def projection(vae: str, recordings: list[Path], asr, device, units: int = 10) -> str:
+    """Latent frames in the plane that separates best the means of phone-like classes, which colour them: clusters (k-means) of the CTC
+    recogniser's features of the same moments. Beneath, how many of the classes a linear map can tell from the latents."""
+    model, latents, features = SemanticVAE.from_pretrained(vae).to(device), [], []
     for path in recordings:
-        z = model.encode(torch.from_numpy(read_audio(path, model.config.sample_rate))[None].to(device))[0][0]  # [N, D]
+        latents.append(model.encode(torch.from_numpy(read_audio(path, model.config.sample_rate))[None].to(device))[0][0])  # [N, D]
         heard = asr.extractor(read_audio(path, asr.extractor.sampling_rate), sampling_rate=asr.extractor.sampling_rate, return_tensors="pt").to(device)
-        logits = asr.model(**heard).logits[0, :, alphabet]
-        letters.append(logits.argmax(-1)[torch.arange(len(z), device=device) * len(logits) // len(z)])
-        latents.append(z)
-    z, letters = torch.cat(latents), torch.cat(letters)
-    z = (z - z.mean(0)) / z.std(0)
-    common = [i for i in letters.bincount().argsort(descending=True)[:10].tolist() if (letters == i).any()]
-    means = torch.stack([z[letters == i].mean(0) for i in common])
+        states = asr.model(**heard, output_hidden_states=True).hidden_states[-1][0]
+        features.append(states[torch.arange(len(latents[-1]), device=device) * len(states) // len(latents[-1])])
+    z, f = ((x - x.mean(0)) / x.std(0).clamp(min=1e-6) for x in (torch.cat(latents), torch.cat(features)))
+    centres = f[torch.linspace(0, len(f) - 1, units).long()]
+    for _ in range(30):
+        unit = torch.cdist(f, centres).argmin(1)
+        one_hot = F.one_hot(unit, units).float()  # [frames, units]
+        centres = one_hot.T @ f / one_hot.sum(0).clamp(min=1)[:, None]
     half, z1 = len(z) // 2, F.pad(z, (0, 1), value=1)
-    guess = z1[half:] @ torch.linalg.lstsq(z1[:half], F.one_hot(letters[:half], len(alphabet)).float()).solution
-    named = (guess.argmax(-1) == letters[half:]).float().mean().item()
+    guess = z1[half:] @ torch.linalg.lstsq(z1[:half], one_hot[:half]).solution
+    named = (guess.argmax(-1) == unit[half:]).float().mean().item()
+    means = one_hot.T @ z / one_hot.sum(0).clamp(min=1)[:, None]
     x = (z @ torch.linalg.svd(means - means.mean(0))[2][:2].T).cpu()
 
     def dots(axes):
-        for i in common:
-            axes.scatter(*x[(letters == i).cpu()].T, s=4, label=names[alphabet[i]])
-        axes.legend(markerscale=3, fontsize="small"), axes.set_axis_off()
+        axes.scatter(*x.T, s=4, c=unit.cpu(), cmap="tab10"), axes.set_axis_off()
 
-    return f"<figure>{picture(dots, 5, 5)}<figcaption>{html.escape(str(vae))}: a linear map fitted to half of the frames names the letters of {named:.1%} of the others</figcaption></figure>"
+    return f"<figure>{picture(dots, 5, 5)}<figcaption>{html.escape(str(vae))}: a linear map fitted to half of the frames finds the class of {named:.1%} of the others</figcaption></figure>"
 
 
 def write_report(args, table: str, systems: list[str], lines: list[Line], records: dict, rebuild, asr, device) -> None:
@@ -426,7 +425,7 @@ def write_report(args, table: str, systems: list[str], lines: list[Line], record
     vaes = [v for v in (args.reconstruct, args.compare) if v]
     if vaes and not asr.whisper:
         originals = [find_audio(args.audio, line.gen) for line in lines[:48]]
-        parts.append(f'<h2>Latents, coloured by the letter heard</h2><div class="row">{"".join(projection(v, originals, asr, device) for v in vaes)}</div>')
+        parts.append(f'<h2>Latents, coloured by what sounds</h2><div class="row">{"".join(projection(v, originals, asr, device) for v in vaes)}</div>')
     for run in args.runs:
         parts.append(f"<h2>{escape(str(run))}</h2>{curves(run) if (run / 'log.csv').exists() else ''}{heard_learning(run)}")
     write_atomic(args.report / "index.html", lambda p: p.write_text("".join(parts), encoding="utf-8"))
