@@ -425,7 +425,7 @@ def write_report(args, table: str, systems: list[str], lines: list[Line], record
     vaes = [v for v in (args.reconstruct, args.compare) if v]
     if vaes and not asr.whisper:
         originals = [find_audio(args.audio, line.gen) for line in lines[:48]]
-        parts.append(f'<h2>Latents, coloured by what sounds</h2><div class="row">{"".join(projection(v, originals, asr, device) for v in vaes)}</div>')
+        parts.append(f'<h2>Latents, coloured by phone-like class</h2><div class="row">{"".join(projection(v, originals, asr, device) for v in vaes)}</div>')
     for run in args.runs:
         parts.append(f"<h2>{escape(str(run))}</h2>{curves(run) if (run / 'log.csv').exists() else ''}{heard_learning(run)}")
     write_atomic(args.report / "index.html", lambda p: p.write_text("".join(parts), encoding="utf-8"))

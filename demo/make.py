@@ -335,7 +335,7 @@ def make_dilemma(args):
         scores, cells = {}, []
         for line in read(args.work / "scores" / f"{row}.csv"):
             cer = 100 * jiwer.cer(normalize(line["reference"]), normalize(line["hypothesis"]))
-            scores[line["system"], Path(line["utterance"]).stem] = dict(row=row, system=line["system"], utterance=line["utterance"], mel=line["mel"], cer=cer, heard=line["hypothesis"])
+            scores[line["system"], Path(line["utterance"]).stem] = dict(row=row, system=line["system"], utterance=line["utterance"], mel=float(line["mel"] or "nan"), cer=cer, heard=line["hypothesis"])
         for system in ("reconstruction", "synthesis"):
             for line in (args.work / "scores" / row / f"{system}.judge").read_text(encoding="utf-8").splitlines():
                 if found := re.fullmatch(r" *([\d.]+) +([\d.]+) +(?:rec_)?(\S+)\.wav +\|.*\| +-> +\|(.*)\|", line):
@@ -343,7 +343,7 @@ def make_dilemma(args):
             mine = [v for (kind, _), v in scores.items() if kind == system]
             cells += [spread([v["judge_wer"] for v in mine], 0), spread([v["judge_sim"] for v in mine], 2), spread([v["cer"] for v in mine], 0)]
             utterances += mine
-        mel = np.mean([float(v["mel"]) for (kind, _), v in scores.items() if kind == "reconstruction"])
+        mel = np.mean([v["mel"] for (kind, _), v in scores.items() if kind == "reconstruction"])
         errors = [v["cer"] for (kind, _), v in scores.items() if kind == "synthesis"]
         log = [r for r in read(args.out / row / "tts" / "log.csv") if r["cer"]]
         low, high = interval(errors)
@@ -351,7 +351,7 @@ def make_dilemma(args):
         across.annotate(row, (mel, np.mean(errors)), textcoords="offset points", xytext=(6, 4), color=colour)
         along.plot([int(r["step"]) for r in log], [100 * float(r["cer"]) for r in log], label=row, color=colour)
         table.append(f"| {row} | {mel:.2f} | {' | '.join(cells)} | {log[-1]['valid_loss']} |")
-    across.set(xlabel="mel distance of reconstructions", ylabel="character errors of syntheses, %")
+    across.margins(0.2), across.set(xlabel="mel distance of reconstructions", ylabel="character errors of syntheses, %")
     along.set(xlabel="step of the DiT", ylabel="character errors of 12 fixed sentences, %"), along.legend(fontsize="small")
     figure.savefig(args.out / "dilemma.svg", metadata=dict(Date=None))
     with open(args.out / "utterances.csv", "w", newline="", encoding="utf-8") as f:
