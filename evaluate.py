@@ -251,7 +251,7 @@ class SIMo:
             self.wavlm, self.ecapa, self.device = WavLMModel(config).eval().to(device), ECAPA(width, len(head["feature_weight"])).eval().to(device), device
             self.wavlm.load_state_dict(front)
             self.ecapa.load_state_dict(head)
-        except (KeyError, RuntimeError) as e:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise InputError(f"{path} does not hold the weights of WavLM and ECAPA-TDNN: {' '.join(str(e).split())[:300]}") from e
         self.identity = identity(path)
 
@@ -386,9 +386,10 @@ def heard_learning(run: Path) -> str:
 
 
 @torch.no_grad()
-def projection(vae: str, recordings: list[Path], asr, device, units: int = 10) -> str:
+def projection(vae: str, recordings: list[Path], asr, device) -> str:
     """Latent frames in the plane that separates best the means of phone-like classes, which colour them: clusters (k-means) of the CTC
-    recogniser's features of the same moments. Beneath, how many of the classes a linear map can tell from the latents."""
+    recogniser's features of the same moments. Beneath, for how many frames a linear map predicts the class from the latent."""
+    units = 10
     model, latents, features = SemanticVAE.from_pretrained(vae).to(device), [], []
     for path in recordings:
         latents.append(model.encode(torch.from_numpy(read_audio(path, model.config.sample_rate))[None].to(device))[0][0])  # [N, D]
@@ -423,11 +424,13 @@ def write_report(args, table: str, systems: list[str], lines: list[Line], record
         figures = "".join(f"<figure>{picture(spectrogram(w), 3.2, 1.6)}{player(w, 16000)}<figcaption>{name}{heard(name)}</figcaption></figure>" for name, w in waves.items())
         parts.append(f'<h2>{escape(line.text)}</h2><div class="row">{figures}</div>')
     vaes = [v for v in (args.reconstruct, args.compare) if v]
-    if vaes and not asr.whisper:
+    if vaes and asr.whisper:
+        print("the picture of latents needs a CTC recogniser's features (--asr): it is left out")
+    elif vaes:
         originals = [find_audio(args.audio, line.gen) for line in lines[:48]]
         parts.append(f'<h2>Latents, coloured by phone-like class</h2><div class="row">{"".join(projection(v, originals, asr, device) for v in vaes)}</div>')
     for run in args.runs:
-        parts.append(f"<h2>{escape(str(run))}</h2>{curves(run) if (run / 'log.csv').exists() else ''}{heard_learning(run)}")
+        parts.append(f"<h2>{escape(str(run))}</h2>{curves(run)}{heard_learning(run)}")
     write_atomic(args.report / "index.html", lambda p: p.write_text("".join(parts), encoding="utf-8"))
     print(f"{args.report / 'index.html'}: open it in a browser")
 
@@ -486,6 +489,9 @@ def main(argv=None):
     lines = read_list(args.list)[: args.limit]
     if args.compare:
         SemanticVAE.from_pretrained(args.compare)  # refused now, not after the scoring
+    for run in args.runs if args.report else ():
+        if not (run / "log.csv").is_file():
+            raise InputError(f"{run} is no run folder (no log.csv): name with --runs what train_vae.py and train_tts.py wrote")
     rebuild = reconstructor(args.reconstruct, device) if args.reconstruct else None
     systems = [name for name, wanted in (("original", not args.no_original), ("reconstruction", rebuild), ("synthesis", args.generated)) if wanted]
 

@@ -123,6 +123,8 @@ class Pretrained(nn.Module):
     def from_pretrained(cls, name: str | Path):
         """The network in a folder (or hub id), in eval mode on the CPU. Raises InputError if anything does not fit."""
         folder = local_folder(name)
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder} holds no config.json (expected a folder written by train_vae.py or train_tts.py)")
         saved = read_json(folder / "config.json")
         if saved.get("model") != cls.__name__:
             raise InputError(f"{folder} holds a {saved.get('model')}, expected a {cls.__name__}")
@@ -834,6 +836,7 @@ def write_atomic(path: Path, write) -> None:
 
 
 def write_json(path: Path, value) -> None:
+    """Lists, names and numbers as a JSON file, written whole."""
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2), encoding="utf-8"))
 
 
@@ -897,7 +900,7 @@ def rebuild(kind, config, tensors: dict[str, torch.Tensor], source) -> nn.Module
     try:
         with torch.device("meta"):  # sizes are held against the file before memory is spent on them
             module = kind(config)
-    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as e:
+    except (ArithmeticError, IndexError, InputError, RuntimeError, TypeError, ValueError) as e:
         raise InputError(f"{source} does not describe a {kind.__name__}: {e}") from e
     own, found = ({k: list(v.shape) for k, v in weights.items()} for weights in (module.state_dict(), tensors))
     wrong = [f"lacks {k}" for k in own if k not in found] + [f"has unknown {k}" for k in found if k not in own]

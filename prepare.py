@@ -11,6 +11,7 @@ The data folder, whose clips stand in every array in the order of the index:
     ssl.bin      float16 [SSL frames of all clips, width]
     latents.bin  float16 [latent frames of all clips, 2, latent_dim]: the posterior's mean and log-variance
     meta.json    sample rate, teacher, VAE, counts, hours, the latents' statistics
+    settings.json what the folder was made with: other settings are refused
     dropped.tsv  every clip that was left out, with its reason
 
 Killed at any moment and run again, it continues and ends with the same bytes.
@@ -148,6 +149,7 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
 
 
 def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """[T] at `rate` → [T · wanted / rate]; as it is, where the rates agree."""
     return torchaudio.functional.resample(torch.from_numpy(wave), rate, wanted).numpy()
 
 

@@ -199,6 +199,7 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
         print(f"{len(lines)} lines, {len(lines) - len(todo)} there already")
         write_json(stamp, settings)
     todo = sorted(todo, key=lambda line: line.ref_seconds + line.gen_seconds)[rank::world]
+    start, seconds = time.time(), 0.0
     for i in tqdm(range(0, len(todo), args.batch_size), desc="batches", disable=rank > 0):
         batch, requests = todo[i : i + args.batch_size], []
         for line in batch:
@@ -207,6 +208,9 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
             requests.append(Request(wave, text, normalize_text(line.text, dit.config.text)))
         for line, wave in zip(batch, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size)):
             write_wave(args.out / line.wav, wave, rate)
+            seconds += len(wave) / rate
+    if rank == 0 and seconds:
+        print(f"{args.out}: rank 0 made {seconds:.1f} s at a real-time factor of {(time.time() - start) / seconds:.2f}")
 
 
 def parse_args(argv=None):
