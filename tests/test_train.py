@@ -1,5 +1,6 @@
 """Both trainings: exact resumption, any number of ranks, accumulation, data that is a pure function of the step, bad input."""
 
+import copy
 import csv
 import json
 import re
@@ -10,12 +11,13 @@ import pytest
 import torch
 from conftest import TTS_FLAGS, VAE_FLAGS, torchrun
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plain
 import prepare
 import train_tts
 import train_vae
-from model import DiT, DiTConfig, SemanticVAE, VAEConfig
+from model import PRESETS, DiT, DiTConfig, SemanticVAE, VAEConfig, alignment_loss, flow_matching_loss, kl_loss, sample, upward_alignment_loss
 from prepare import Data
 from train_tts import MicroBatches, Utterances
 from train_vae import Crops, Discriminators, MelDistance
@@ -64,6 +66,54 @@ def test_resumed_training_equals_straight_training(bf16, train, args, changes, w
     assert len(flat(a)) > 100 and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
     clean = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / run)]
     assert clean("straight") == clean("broken") and [r["step"] for r in rows(tmp_path / "broken")] == list("1234")  # 2 by its evaluation, 3 and 4 by log lines
+
+
+def test_on_a_gpu_everything_is_on_the_gpu_and_losses_are_float32(monkeypatch):
+    """The networks, losses and updates of both stages and the sampler in bfloat16 on a GPU that need not exist: tensors there have sizes and types,
+    no values, and meeting one of the CPU is an error. (Their backward passes do need one.)"""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    device, autocast = torch.device("cuda", 0), lambda: torch.autocast("cuda", torch.bfloat16)
+
+    def move(module):
+        for m in module.modules():
+            m._parameters.update({k: torch.nn.Parameter(torch.empty(p.shape, device=device)) for k, p in m._parameters.items() if p is not None})
+            m._buffers.update({k: torch.empty(b.shape, dtype=b.dtype, device=device) for k, b in m._buffers.items()})
+        return module
+
+    def update(module):
+        optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)
+        skipped = train_vae.guarded_step(optimizer, torch.nn.utils.clip_grad_norm_(module.parameters(), 1))
+        train_vae.Means({}, device).add({"skipped": skipped})
+
+    networks = lambda align: (SemanticVAE(VAEConfig(**PRESETS["demo"]["vae"] | dict(ssl_dim=32, ssl_layers=3, align=align))), Discriminators(0.125), MelDistance(16000))
+    dit, both, losses = DiT(DiTConfig(**PRESETS["paper"]["dit"])), [networks("down"), networks("up")], {}
+    averages = [copy.deepcopy(vae) for vae, *_ in both]
+    with FakeTensorMode():
+        with pytest.raises(RuntimeError, match="device"):
+            torch.zeros(1, device=device) + torch.zeros(1)
+        with autocast():
+            assert torch.nn.functional.linear(*torch.zeros(2, 1, 1, device=device)).dtype == torch.bfloat16
+        for (vae, discriminators, mel), ema in zip(both, averages):
+            vae, discriminators, mel, ema = map(move, (vae, discriminators, mel, ema))
+            wave, valid = torch.zeros(2, 9600, device=device), torch.ones(2, 24, dtype=torch.bool, device=device)
+            with autocast():
+                again, z, mean, logvar, aligned = vae(wave, torch.zeros(2, 24, vae.config.latent_dim, device=device), torch.zeros(2, 30, 96, device=device))
+                maps = discriminators(torch.cat([again, wave]))
+                losses["adv"], losses["feature"] = train_vae.generator_losses(discriminators(again), discriminators(wave))
+            losses["disc"] = train_vae.discriminator_loss(*([[m.chunk(2)[side] for m in layers] for layers in maps] for side in (0, 1)))
+            losses["align"] = upward_alignment_loss(z, *aligned, valid) if vae.config.align == "up" else alignment_loss(*aligned, valid)
+            losses |= dict(mel=mel(again, wave), stft=train_vae.stft_distance(again, wave), kl=kl_loss(mean, logvar), decoded=vae.decode(vae.encode(wave)[0], 9600))
+            update(vae), update(discriminators), train_vae.update_ema(ema, vae, 0.9, 3)
+        dit, x = move(dit), torch.zeros(2, 40, dit.config.latent_dim, device=device)
+        text, lengths, no = torch.zeros(2, 20, dtype=torch.long, device=device), torch.full((2,), 40, device=device), torch.zeros(2, dtype=torch.bool, device=device)
+        with autocast():
+            losses["flow"], _ = flow_matching_loss(dit, x, x, torch.zeros(2, device=device), torch.ones(2, 40, dtype=torch.bool, device=device), text, lengths, no, no)
+            losses["sample"] = dit.destandardize(sample(dit, x, x, lengths // 2, text, lengths, steps=2))
+        update(dit)
+        assert {name: (v.dtype, v.device) for name, v in losses.items()} == dict.fromkeys(losses, (torch.float32, device))
 
 
 @pytest.mark.parametrize("train, args", [(train_vae, VAE), (train_tts, TTS)])
