@@ -1,6 +1,6 @@
 """Word error rate and speaker similarity of recordings, reconstructions and synthesised speech.
 
-    python evaluate.py                                                     # the demo's table
+    python evaluate.py                                                     # the demo's table, after sample.py --list demo/corpus/test.lst
     python evaluate.py --list LST --audio LibriSpeech/test-clean --generated runs/samples \\
         --asr openai/whisper-large-v3 --sim wavlm_large_finetune.pth        # the papers' scorers; or any Hugging Face models
     python evaluate.py --list LST --audio ... --reconstruct runs/vae       # the VAE's encode-decode, with mel and STFT distance
@@ -117,25 +117,30 @@ def identity(name: str, config=None) -> str:
 
 
 class Recognizer:
-    """A Hugging Face speech recogniser, Whisper or CTC, by id or folder."""
+    """A Hugging Face speech recogniser, Whisper or CTC, by id or folder. A multilingual Whisper is told the language; the others know but their own."""
 
-    def __init__(self, name: str, device):
+    def __init__(self, name: str, device, language: str = "en"):
         from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
         (config,) = from_hub("recogniser", name, "Config")
         self.whisper = config.model_type == "whisper"
         model, self.extractor, self.tokenizer = from_hub("recogniser", name, "ModelForSpeechSeq2Seq" if self.whisper else "ModelForCTC", "FeatureExtractor", "Tokenizer")
         self.model, self.device, self.identity = model.float().to(device).eval(), device, identity(name, config)
+        self.told = {}
+        if self.whisper and getattr(model.generation_config, "is_multilingual", True):
+            spoken = [token.strip("<|>") for token in getattr(model.generation_config, "lang_to_id", {})]
+            if language not in spoken:
+                raise InputError(f"{name} knows no --language {language}, but {', '.join(sorted(spoken))}")
+            self.told, self.identity = dict(language=language, task="transcribe"), self.identity + f"/{language}" * (language != "en")
         self.whisper_normalize = EnglishTextNormalizer(getattr(self.tokenizer, "english_spelling_normalizer", None) or {})  # the map of spellings is Whisper's
 
     @torch.no_grad()
     def __call__(self, wave: np.ndarray, rate: int = 16000) -> str:
-        """float32 audio [T] → text; Whisper by beam search of width 5, in English."""
+        """float32 audio [T] → text; Whisper by beam search of width 5."""
         wanted = self.extractor.sampling_rate
         inputs = self.extractor(resample(wave, rate, wanted), sampling_rate=wanted, return_tensors="pt").to(self.device)
         if self.whisper:
-            english = {} if self.model.generation_config.to_dict().get("is_multilingual") is False else dict(language="en", task="transcribe")
-            ids = self.model.generate(inputs.input_features, num_beams=5, **english)[0]
+            ids = self.model.generate(inputs.input_features, num_beams=5, **self.told)[0]
         else:
             ids = self.model(**inputs).logits[0].argmax(-1)
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -366,7 +371,7 @@ def spectrogram(wave: np.ndarray):
 
 
 def curves(run: Path) -> str:
-    """Every column of a run's log.csv against its steps."""
+    """The columns of a run's log.csv against its steps."""
     rows, images = csv.DictReader(open(run / "log.csv", encoding="utf-8")), []
     columns, rows = rows.fieldnames or [], list(rows)
     for column in [c for c in columns if c not in ("step", "seconds", "skipped")]:
@@ -443,11 +448,12 @@ def parse_args(argv=None):
     parser.add_argument("--reconstruct", metavar="VAE", help="run folder or hub id of a VAE: adds the row \"reconstruction\"")
     parser.add_argument("--no-original", action="store_true", help="leave out the row \"original\"")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser: hub id or folder, Whisper or CTC (default: the demo's; the paper's is openai/whisper-large-v3)")
+    parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
     parser.add_argument("--sim", default=str(DEMO / "sv"), help="speaker model: hub id or folder of x-vectors, or wavlm_large_finetune.pth for the papers' SIM-o (default: the demo's)")
     parser.add_argument("--squim", action="store_true", help="also estimate STOI and PESQ by torchaudio's SQUIM, whose weights it downloads")
     parser.add_argument("--report", type=Path, help="also write a page to this folder: players, spectrograms, scores, curves, latents")
     parser.add_argument("--report-clips", type=int, default=6, help="utterances on that page (default %(default)s)")
-    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders whose log.csv and samples/ it shows (default: the demo's)")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders whose log.csv and samples/ it shows (default without --list: the demo's)")
     parser.add_argument("--compare", metavar="VAE", help="another VAE, whose latents it shows beside those of --reconstruct")
     parser.add_argument("--limit", type=int, help="at most so many lines of the list")
     parser.add_argument("--dry-run", action="store_true", help="only look whether every file is there")
@@ -510,7 +516,7 @@ def main(argv=None):
     if args.dry_run:
         print(f"{args.list}: {len(lines)} utterances for {', '.join(systems)}; every file is there")
         return
-    asr, sim = Recognizer(args.asr, device), (SIMo if args.sim.endswith(".pth") else SpeakerModel)(args.sim, device)
+    asr, sim = Recognizer(args.asr, device, args.language), (SIMo if args.sim.endswith(".pth") else SpeakerModel)(args.sim, device)
     quality, voice = squim(device) if args.squim else None, functools.cache(lambda path: sim(read_audio(path, 16000)))
 
     # ---- this rank's utterances; a record is kept as soon as it is made, should this be interrupted

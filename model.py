@@ -265,7 +265,7 @@ class AttentionProjection(nn.Module):
     """From the encoder's width to the latent's: y = proj(LN₃ x) + attn(LN₁ x), then y + mlp(LN₂ y).
 
     Causal, so that a latent frame never depends on how much speech follows it beyond the convolutions' reach: but for its
-    last few frames, a prompt has the same latents alone as with speech behind it."""
+    last dozen frames, a prompt has the same latents alone as with speech behind it."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()

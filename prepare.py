@@ -119,7 +119,7 @@ def lock(folder: Path):
 
 
 def normalize_text(text: str, mode: str) -> str:
-    """NFC and single spaces; "plain" also lower-cases and removes punctuation (all but apostrophes inside words).
+    """NFC, straight apostrophes, single spaces; "plain" also lower-cases and removes punctuation (all but apostrophes inside words).
 
     Used here and by sample.py with the mode kept in the checkpoint, so that a model is asked only what it was taught."""
     if any(0xD800 <= ord(c) < 0xE000 for c in text):
@@ -608,7 +608,7 @@ def parse_args(argv=None):
     parser.add_argument("--ssl", help="teacher: hub id or folder of a speech encoder, several with commas between, \"mel\", or \"none\" (default: for the demo corpus the demo's; the paper's is microsoft/wavlm-large)")
     parser.add_argument("--layer", type=layer_number, help="hidden state to store, -1 for the last, \"all\" for a learned mix (default -1)")
     parser.add_argument("--vae", help="add the latents of this VAE: a run, an authors' release, or a hub id")
-    parser.add_argument("--text", choices=["plain", "raw"], help="plain: lower case without punctuation; raw: as written (default: plain for the demo corpus, else raw)")
+    parser.add_argument("--text", choices=["plain", "raw"], help="plain: lower case without punctuation; raw: with both (default: plain for the demo corpus, else raw)")
     parser.add_argument("--sample-rate", type=int, default=16000, help="of the stored audio, in Hz (default %(default)s)")
     parser.add_argument("--min-seconds", type=float, default=0.5, help="drop shorter clips (default %(default)s)")
     parser.add_argument("--max-seconds", type=float, default=30, help="drop longer clips (default %(default)s)")

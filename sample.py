@@ -130,7 +130,7 @@ def split_text(text: str, limit: int) -> list[str]:
                     finer.append(part.lstrip())
         pieces = [p for p in finer if p]
     if any(len(p.encode()) > limit for p in pieces):
-        raise InputError(f"a word of the text is longer than the {limit} characters that fit after this prompt: give a shorter prompt")
+        raise InputError(f"a word of the text is longer than the {limit} bytes that fit after this prompt: give a shorter prompt")
     return pieces
 
 
@@ -149,7 +149,7 @@ def join(waves: list[np.ndarray], rate: int) -> np.ndarray:
 def say(args, dit, vae, device) -> None:
     """One text in one voice."""
     rate, limit = dit.config.sample_rate, dit.config.max_seconds
-    asr = Recognizer(args.asr, device) if not args.ref_text or args.takes > 1 else None
+    asr = Recognizer(args.asr, device, args.language) if not args.ref_text or args.takes > 1 else None
     wave = read_audio(args.ref, rate)
     ref_text = normalize_text(args.ref_text or asr(wave, rate), dit.config.text)
     if not args.ref_text:
@@ -219,7 +219,7 @@ def parse_args(argv=None):
     parser.add_argument("--vae", help="folder or hub id of its VAE (default: where the TTS run says)")
     parser.add_argument("--ref", type=Path, help="recording of the voice (default: the demo's)")
     parser.add_argument("--ref-text", help="what the recording says (default: transcribed with --asr)")
-    parser.add_argument("--text", help="what to say (default: a demo sentence)")
+    parser.add_argument("--text", help="what to say (default without --ref: a demo sentence)")
     parser.add_argument("--out", type=Path, help="wav file, or folder for --list (default: sample.wav, runs/samples)")
     parser.add_argument("--list", type=Path, help="say every line of a list: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated")
     parser.add_argument("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
@@ -232,6 +232,7 @@ def parse_args(argv=None):
     parser.add_argument("--duration", type=float, help="seconds of the result (default: by the prompt's rate)")
     parser.add_argument("--takes", type=int, default=1, help="make several and keep the one --asr understands best (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for --takes and for prompts without transcript: hub id or folder (default: the demo's)")
+    parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="utterances at once (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     args = parser.parse_args(argv)

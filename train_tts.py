@@ -6,7 +6,7 @@
     python train_tts.py --resume --out runs/tts                            # go on exactly where it stopped
 
 The loss does not tell when a model has begun to speak; the character error rate (cer) of a few fixed sentences does.
-Every evaluation synthesises them with sample.py's own function and weights, and writes them to samples/ in the run folder.
+Every evaluation but the first synthesises them with sample.py's own function and weights, and writes them to samples/ in the run folder.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def validate(dit: DiT, examples: Utterances, device, clips: int = 32) -> float:
 
 
 def fixed_requests(data: Data, count: int) -> list[Request]:
-    """The first validation clips, each to be said after another validation clip of its speaker (of itself, if there is none)."""
+    """Validation clips spread over the split, each to be said after another validation clip of its speaker (of itself, if there is none)."""
     valid, requests = data.split("valid"), []
     for i in valid[:: max(1, len(valid) // max(1, count))][:count]:
         speaker = data.clips[i]["speaker"]
@@ -180,6 +180,7 @@ def parse_args(argv=None):
     parser.add_argument("--clip", type=float, default=1, help="largest gradient norm (default %(default)s)")
     parser.add_argument("--eval-sentences", type=int, default=4, help="fixed sentences to synthesise (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for their error rate: hub id or folder; \"none\" for none (default: the demo's)")
+    parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
     return read_args(parser, "train_tts", argv)
 
@@ -230,7 +231,7 @@ def main(argv=None):
 
     micro = MicroBatches(train, first, args.steps, args.micro_seconds, rank, world)
     loader = iter(torch.utils.data.DataLoader(train, batch_sampler=micro, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"))
-    asr = Recognizer(args.asr, device) if rank == 0 and args.asr != "none" else None
+    asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
     requests = fixed_requests(data, args.eval_sentences)
     notes = dict(vae=os.path.relpath(vae_folder, args.out) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"])
     if rank == 0:

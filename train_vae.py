@@ -233,7 +233,7 @@ def crop_loader(crops: Crops, first: int, last: int, per_step: int, micro: int, 
 
 def read_args(parser: argparse.ArgumentParser, kind: str, argv=None) -> argparse.Namespace:
     """The flags, with those that both trainings share. Below them what --resume finds in the run folder, or else the preset's settings."""
-    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="settings below, and the network's size (default %(default)s)")
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="the network's size, and settings in place of the defaults shown here, which are the paper's (default %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
     parser.add_argument("--steps", type=int, default=600_000, help="updates (default %(default)s)")
     parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
@@ -328,7 +328,7 @@ class Means:
 
     def report_skipped(self, done: int, clips) -> None:
         """Name the first update since the last log line that was left out, what was not finite, and clips(step, micro-batch). Five updates in a
-        row that were left out end the run, whose last checkpoint is from before them."""
+        row that were left out end the run; its checkpoints hold none of them."""
         skipped = torch.stack(self.values["skipped"]).tolist()
         if any(skipped):
             back = len(skipped) - next(i for i, one in enumerate(skipped) if one)
@@ -450,7 +450,7 @@ def parse_args(argv=None):
     parser.add_argument("--disc-width", type=float, default=1, help="channels of the discriminators, relative to the paper's (default %(default)s)")
     parser.add_argument("--batch-seconds", type=float, default=192, help="audio in one update, over all ranks (default %(default)s)")
     parser.add_argument("--crop", type=float, default=3, help="seconds of a training crop (default %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=8, help="crops a rank handles at once: lower it if memory runs out (default %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="crops a rank handles at once, best a divisor of its share: lower it if memory runs out (default %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-4, help="of both optimisers, whatever the number of ranks (default %(default)s)")
     parser.add_argument("--lr-decay", type=float, default=0.999996, help="factor a step (default %(default)s)")
     parser.add_argument("--encoder-lr", type=float, default=1, help="factor on --lr for all but decoder and alignment head; 0: train the decoder alone (default %(default)s)")

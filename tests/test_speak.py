@@ -17,6 +17,7 @@ import torch
 import torchaudio
 from conftest import RATE, ROOT, TTS_FLAGS, VAE_FLAGS, tone, torchrun
 from test_golden import case
+from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 import evaluate
@@ -107,6 +108,36 @@ def test_error_rates_of_pairs(reference, heard, papers, whispers):
     whisper = EnglishTextNormalizer({})
     errors, words = whispers
     assert jiwer.wer(whisper(reference), whisper(heard)) == pytest.approx(errors / words)
+
+
+@pytest.mark.parametrize("languages", [["en", "de"], []])
+def test_whisper_searches_five_beams_in_the_language_it_is_told(languages, tmp_path, monkeypatch):
+    special = ["<|endoftext|>", "<|startoftranscript|>", *(f"<|{name}|>" for name in languages), "<|transcribe|>", "<|notimestamps|>"]
+    vocabulary = {token: i for i, token in enumerate([*"abcdefgh", "Ġ", *special])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = WhisperTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    tokenizer.add_special_tokens(dict(additional_special_tokens=special))
+    ends = {f"{name}_token_id": vocabulary["<|endoftext|>"] for name in ("eos", "pad", "bos")} | dict(decoder_start_token_id=vocabulary["<|startoftranscript|>"])
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        vocab_size=len(vocabulary), **ends))  # fmt: skip
+    model.generation_config = GenerationConfig(
+        is_multilingual=bool(languages), lang_to_id={f"<|{name}|>": vocabulary[f"<|{name}|>"] for name in languages},
+        task_to_id=dict(transcribe=vocabulary["<|transcribe|>"]), no_timestamps_token_id=vocabulary["<|notimestamps|>"], max_length=12, **ends)  # fmt: skip
+    for part in (model, tokenizer, WhisperFeatureExtractor()):
+        part.save_pretrained(tmp_path)
+    told, wave = [], np.random.default_rng(0).standard_normal(16000, np.float32)
+    generate = WhisperForConditionalGeneration.generate
+    monkeypatch.setattr(WhisperForConditionalGeneration, "generate", lambda self, x, **options: told.append(options) or generate(self, x, **options))
+    for language in languages or ["en"]:
+        asr = evaluate.Recognizer(str(tmp_path), "cpu", language)
+        assert re.fullmatch("[a-h ]+", asr(wave)) and told[-1] == dict(num_beams=5) | (dict(language=language, task="transcribe") if languages else {})
+        assert asr.identity.endswith("/de") == (language == "de")
+    if languages:
+        with pytest.raises(InputError, match="knows no --language xx, but de, en"):
+            evaluate.Recognizer(str(tmp_path), "cpu", "xx")
 
 
 def test_error_rates_are_pooled():
