@@ -401,7 +401,7 @@ def projection(vae: str, recordings: list[Path], asr, device) -> str:
         heard = asr.extractor(read_audio(path, asr.extractor.sampling_rate), sampling_rate=asr.extractor.sampling_rate, return_tensors="pt").to(device)
         states = asr.model(**heard, output_hidden_states=True).hidden_states[-1][0]
         features.append(states[torch.arange(len(latents[-1]), device=device) * len(states) // len(latents[-1])])
-    z, f = ((x - x.mean(0)) / x.std(0).clamp(min=1e-6) for x in (torch.cat(latents), torch.cat(features)))
+    z, f = ((x - x.mean(0)) / x.std(0).clamp(min=1e-6) for x in (torch.cat(latents).cpu(), torch.cat(features).cpu()))
     centres = f[torch.linspace(0, len(f) - 1, units).long()]
     for _ in range(30):
         unit = torch.cdist(f, centres).argmin(1)
@@ -411,10 +411,10 @@ def projection(vae: str, recordings: list[Path], asr, device) -> str:
     guess = z1[half:] @ torch.linalg.lstsq(z1[:half], one_hot[:half]).solution
     named = (guess.argmax(-1) == unit[half:]).float().mean().item()
     means = one_hot.T @ z / one_hot.sum(0).clamp(min=1)[:, None]
-    x = (z @ torch.linalg.svd(means - means.mean(0))[2][:2].T).cpu()
+    x = z @ torch.linalg.svd(means - means.mean(0))[2][:2].T
 
     def dots(axes):
-        axes.scatter(*x.T, s=4, c=unit.cpu(), cmap="tab10"), axes.set_axis_off()
+        axes.scatter(*x.T, s=4, c=unit, cmap="tab10"), axes.set_axis_off()
 
     return f"<figure>{picture(dots, 5, 5)}<figcaption>{html.escape(str(vae))}: a linear map fitted to half of the frames finds the class of {named:.1%} of the others</figcaption></figure>"
 

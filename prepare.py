@@ -22,11 +22,13 @@ import datetime
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
 import signal
 import sys
+import traceback
 import unicodedata
 import zlib
 from collections import Counter
@@ -49,6 +51,7 @@ except ImportError:  # Windows
     fcntl = None
 
 DEMO = Path(__file__).resolve().parent / "demo"
+PATIENCE = datetime.timedelta(hours=24)  # not minutes: ranks wait for each other at the end of a long job
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -61,9 +64,11 @@ def start_ranks():
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every batch size and length; flash attention does not
+    if sys.platform == "linux":  # loaders' processes share the mapped arrays; started afresh, as Python 3.14 has it, each would get a copy
+        multiprocessing.set_start_method("fork", force=True)
     if world > 1 and not dist.is_initialized():
-        # Hours, not minutes: ranks wait for each other at the end of a long job.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=24))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return (dist.get_rank() if world > 1 else 0), world, device
 
 
@@ -73,25 +78,35 @@ def barrier():
 
 
 def cli(main) -> None:
-    """Run main(); an InputError becomes one line and exit code 2, Ctrl-C and SIGTERM one line and 130 and 143."""
+    """Run main(); an InputError becomes one line and exit code 2, Ctrl-C and SIGTERM one line and 130 and 143. A rank that fails ends at once,
+    and torchrun the others: to leave the process group in order, NCCL would wait for ranks that wait for this one."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        main()
+        try:
+            main()
+            code = 0
+        except SystemExit as e:  # --help; a training that was stopped, on all ranks after the same step
+            code = e.code
         barrier()  # leave together: a rank that exits while Gloo still holds its tensors may be aborted
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
     except (InputError, torch.OutOfMemoryError) as e:
         flags = "--micro-batch (train_vae.py), --micro-seconds (train_tts.py), --batch-seconds (prepare.py) or --batch-size (sample.py)"
         print(f"error: {'' if isinstance(e, InputError) else f'the GPU is out of memory: lower {flags}: '}{e}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt as e:
         print("interrupted: run the command again, a training with --resume", file=sys.stderr)
-        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code = 128 + (e.args[0] if e.args else signal.SIGINT)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code) if dist.is_initialized() else sys.exit(code)
 
 
 def lock(folder: Path):
@@ -556,7 +571,8 @@ def fill_ssl(args, rank: int, world: int, device) -> None:
         features = [None] * len(part)
         for batch in ssl.batches([int(data.samples[i]) for i in part], args.batch_seconds):
             for j, x in zip(batch, ssl([data.get("audio", part[j]).numpy() for j in batch])):
-                if not torch.isfinite(x.half()).all():
+                x = x.half().cpu()
+                if not torch.isfinite(x).all():
                     raise InputError(f"{args.ssl} gives features that are not finite in float16 for {data.clips[part[j]]['id']}: take the clip out or choose another --layer")
                 count = int(frame_count(data.samples[part[j]], data.rate, ssl.rate))
                 features[j] = repeat_last(x[:count], count)

@@ -192,7 +192,6 @@ def main(argv=None):
     data = Data(args.data, ("audio", "latents"))
     latents = data.meta["latents"]
     torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # ---- data, and the VAE that will decode the samples: it must be the one that made the latents
     train, valid = (Utterances(data, split, args.batch_seconds, args.join, args.seed) for split in ("train", "valid"))

@@ -31,10 +31,11 @@ import torchaudio
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, load_torch, read_json, upward_alignment_loss, write_atomic, write_json
-from prepare import Data, SSLModel, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
+from prepare import PATIENCE, Data, SSLModel, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -350,16 +351,20 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 
 def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
-    """The module under torch.compile, tried on an example; itself, with a line that says why, if that fails."""
+    """The module under torch.compile, tried on an example, forward and backward; itself, with a line that says why, if that fails."""
     if not wanted:
         return module
     try:
         fast = torch.compile(module, dynamic=dynamic)
-        fast(*example)
+        torch.autograd.backward([y.sum() for y in tree_leaves(fast(*example)) if y.requires_grad])
         return fast
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # whatever the compiler raises, training can go on without it
         tqdm.write(f"torch.compile cannot run here ({type(e).__name__}: {str(e).splitlines()[0][:120]}): training goes on eagerly")
         return module
+    finally:
+        module.zero_grad()
 
 
 class Stop:
@@ -367,7 +372,7 @@ class Stop:
 
     def __init__(self):
         self.number = 0
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # the CPUs agree, no GPU is waited for
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None  # the CPUs agree, no GPU is waited for
         signal.signal(signal.SIGTERM, self.note), signal.signal(signal.SIGINT, self.note)
 
     def note(self, number, frame):
@@ -472,7 +477,6 @@ def main(argv=None):
     ssl = None if not with_ssl else data.meta["ssl"] if not teacher else teacher.facts() | dict(context=args.ssl_context)
     layers = ssl.get("layers", 1) if ssl else 1  # folders made before this was noted hold one
     torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # ---- networks and optimisers
     if args.init:
