@@ -350,7 +350,7 @@ def make_dilemma(args):
         colour = next(iter(across.errorbar(mel, np.mean(errors), [[np.mean(errors) - low], [high - np.mean(errors)]], fmt="o", capsize=3))).get_color()
         along.plot([int(r["step"]) for r in log], [100 * float(r["cer"]) for r in log], label=row, color=colour)
         table.append(f"| {row} | {mel:.2f} | {' | '.join(cells)} | {log[-1]['valid_loss']} |")
-    across.margins(0.2), across.set(xlabel="mel distance of reconstructions", ylabel="character errors of syntheses, %")
+    across.set(xlabel="mel distance of reconstructions", ylabel="character errors of syntheses, %")
     along.set(xlabel="step of the DiT", ylabel="character errors of 12 fixed sentences, %"), figure.legend(loc="outside right upper")
     figure.savefig(args.out / "dilemma.svg", metadata=dict(Date=None))
     with open(args.out / "utterances.csv", "w", newline="", encoding="utf-8") as f:
