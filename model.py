@@ -78,7 +78,7 @@ class DiTConfig:
     text_symbols: int = 256  # UTF-8 bytes
     text_dim: int = 512
     text_layers: int = 4
-    text_upsample: bool = False  # spread the text evenly over the utterance, instead of left-aligned
+    text_place: str = "left"  # where the text stands among the frames: left, even or aligned (see text_index)
     sample_rate: int = 16000
     hop: int = 400
     text: str = "raw"  # how the training text was normalised: see prepare.normalize_text
@@ -89,16 +89,19 @@ class DiTConfig:
 # Training settings use the flags' names. "paper" is the paper's; "demo" runs on two CPU cores in minutes.
 PRESETS = {
     "demo": dict(
-        vae=dict(encoder_dim=8, latent_dim=16, decoder_dim=192, decoder_rates=(5, 5, 4, 4), decoder_kernels=(9, 9, 8, 8), resblock_kernels=(7,)),
-        train_vae=dict(steps=250, lr=2e-3, encoder_lr=0.1, encoder_warmup=60, unit_latents=True, crop=0.6, batch_seconds=2.4, micro_batch=4, adv_start=220, disc_width=0.0625,
-                       lr_decay=0.998, ema=0.98, eval_every=125, eval_clips=4, log_every=10),
-        dit=dict(width=192, depth=6, heads=3, text_dim=96, text_upsample=True),
-        train_tts=dict(steps=300, lr=1e-3, warmup=30, join=2, batch_seconds=40, micro_seconds=80, ema=0.98, eval_every=150, log_every=10),
+        vae=dict(encoder_dim=10, latent_dim=32, decoder_dim=192, decoder_rates=(5, 5, 4, 4), decoder_kernels=(9, 9, 8, 8),
+                 resblock_kernels=(7,)),
+        train_vae=dict(steps=4000, encoder_steps=1500, encoder_batch_seconds=28.8, batch_seconds=3.6, crop=1.2, micro_batch=24, lr=2e-3,
+                       lr_decay=0.9997, unit_latents=True, adv_start=3000, disc_width=0.125, ema=0.998, eval_every=250, eval_clips=8,
+                       log_every=50),
+        dit=dict(width=192, depth=6, heads=3, text_dim=96, text_place="aligned"),
+        train_tts=dict(steps=1500, lr=2e-3, warmup=100, join=2, batch_seconds=40, micro_seconds=80, ema=0.998, eval_every=250,
+                       eval_sentences=8, log_every=50),
     ),
     "small": dict(
         vae=dict(encoder_dim=32, decoder_dim=512),
         train_vae=dict(steps=200_000, crop=1.5, batch_seconds=48, micro_batch=32, disc_width=0.5),
-        dit=dict(width=512, depth=12, heads=8, text_dim=256, text_upsample=True),
+        dit=dict(width=512, depth=12, heads=8, text_dim=256, text_place="aligned"),
         train_tts=dict(steps=200_000, lr=2e-4, warmup=5_000, batch_seconds=600, micro_seconds=300),
     ),
     "paper": dict(vae={}, train_vae={}, dit={}, train_tts={}),  # every default is the paper's
@@ -387,15 +390,30 @@ class Decoder(nn.Module):
         self.conv_post = conv(channels, 1, 7, padding=3, bias=False)
 
     def forward(self, z):  # [B, D, N]
-        x, kernels = self.conv_pre(z), len(self.resblocks) // len(self.ups)
+        kernels = len(self.resblocks) // len(self.ups)
+        x = self.conv_pre(z)
         for i, (up,) in enumerate(self.ups):
             x = up(x)  # [B, C/2, N · rate]
             x = sum(block(x) for block in self.resblocks[i * kernels : (i + 1) * kernels]) / kernels
-        return self.conv_post(self.activation_post(x)).clamp(-1, 1)  # [B, 1, T]
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the waveform itself to eight bits
+            return self.conv_post(self.activation_post(x.float())).clamp(-1, 1)  # [B, 1, T]
 
 
 # --------------------------------------------------------------------------------------------------------------
 # Stage 1: the alignment.
+
+
+def conv_head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Three convolutions on [B, inputs, N], the head with which the authors project features: → [B, outputs, N]."""
+    return nn.Sequential(
+        nn.Conv1d(inputs, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
+        nn.Conv1d(hidden, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
+        nn.Conv1d(hidden, outputs, 1))  # fmt: skip
+
+
+def at_rate(features, frames: int):
+    """SSL features [B, S, D] interpolated to another number of frames over the same time: [B, frames, D]."""
+    return F.interpolate(features.mT, frames, mode="linear", align_corners=False).mT
 
 
 class AlignmentHead(nn.Module):
@@ -406,18 +424,15 @@ class AlignmentHead(nn.Module):
 
     def __init__(self, ssl_dim: int, latent_dim: int, layers: int = 1, up: bool = False):
         super().__init__()
-        hidden, self.up = 2 * latent_dim, up
+        self.up = up
         self.mix = nn.Parameter(torch.zeros(layers)) if layers > 1 else None
-        self.model = nn.Linear(latent_dim, ssl_dim, bias=False) if up else nn.Sequential(
-            nn.Conv1d(ssl_dim, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
-            nn.Conv1d(hidden, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
-            nn.Conv1d(hidden, latent_dim, 1))  # fmt: skip
+        self.model = nn.Linear(latent_dim, ssl_dim, bias=False) if up else conv_head(ssl_dim, 2 * latent_dim, latent_dim)
 
     def forward(self, z, features):  # [B, N, latent], [B, S, layers · ssl_dim]
         if self.mix is not None:  # a weighted sum of the layers (SUPERB, arXiv 2105.01051)
             features = self.mix.softmax(0) @ features.unflatten(-1, (len(self.mix), -1))  # [B, S, ssl_dim]
-        features = F.interpolate(features.mT, z.shape[1], mode="linear", align_corners=False)  # [B, ssl_dim, N]
-        return (self.model(z).float(), features.mT.float()) if self.up else (z, self.model(features).mT.float())
+        features = at_rate(features, z.shape[1])  # [B, N, ssl_dim]
+        return (self.model(z).float(), features.float()) if self.up else (z, self.model(features.mT).mT.float())
 
 
 def alignment_loss(z, target, valid=None):
@@ -557,15 +572,25 @@ def angles(position, dim: int):
     return position[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, device=position.device) / dim)
 
 
-def spread_evenly(text, counts, lengths):
-    """Average upsampling (ZipVoice, arXiv 2506.13053): 3 characters over 10 frames get 3, 3 and 4 of them.
+def text_index(place: str, starts, counts, lengths, frames: int):
+    """Which byte of the text each frame gets, [B, frames] (behind the end of the text: filler).
 
-    text [B, N, D] holds counts [B] <= lengths [B] characters on the left and zeros behind. Each of n characters gets frames // n frames, the
-    last (frames % n) characters one more: the smaller of two indices, one counted from the start, one from the end."""
-    n, lengths, frame = counts.clamp(min=1)[:, None], lengths[:, None], torch.arange(text.shape[1], device=text.device)
-    each = (lengths // n).clamp(min=1)
-    index = torch.minimum(frame // each, n - 1 - (lengths - 1 - frame) // (each + 1))  # [B, N]
-    return text.gather(1, index[..., None].expand_as(text)) * (frame < lengths)[..., None]
+    left     byte i stands at frame i, whatever is said there (F5-TTS): the DiT has to find out.
+    even     each of n bytes gets frames // n frames, the last (frames % n) bytes one more (average upsampling, ZipVoice, arXiv
+             2506.13053): near the diagonal on which speech runs.
+    aligned  from its start in the speech to the next byte's: starts [B, L] in frames, ascending, infinite behind the text.
+
+    counts [B] <= lengths [B]: bytes and frames of each utterance."""
+    frame = torch.arange(frames, device=lengths.device)
+    if place == "left":
+        return frame.expand(len(lengths), -1)
+    if place == "aligned":
+        middle = (frame + 0.5).expand(len(lengths), -1)
+        return (torch.searchsorted(starts, middle.contiguous(), right=True) - 1).clamp(min=0)
+    n = counts.clamp(min=1)[:, None]
+    each = (lengths[:, None] // n).clamp(min=1)
+    last = lengths[:, None] - 1 - frame  # the same index counted from the end; the smaller of the two is right
+    return torch.minimum(frame // each, n - 1 - last // (each + 1))
 
 
 class GlobalResponseNorm(nn.Module):
@@ -596,19 +621,20 @@ class ConvNeXtBlock(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, and (optionally) even spreading.
+    """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, then each byte's vector to its frames.
 
     Text is shorter than speech: behind its end stand zeros. Dropped, each byte becomes the filler, a vector learned for this
-    alone (row 0): the length stays known."""
+    alone (row 0): length and placement stay known."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.spread = config.text_upsample
+        self.place = config.text_place
         self.text_embed = nn.Embedding(config.text_symbols + 1, config.text_dim)  # row b + 1 is byte b
         self.text_blocks = nn.ModuleList(ConvNeXtBlock(config.text_dim) for _ in range(config.text_layers))
 
-    def forward(self, text, lengths, frames: int, drop=None):
-        """text [B, L] of symbols, -1 behind its end; lengths [B] in frames; drop [B] bool → [B, frames, text_dim]."""
+    def forward(self, text, lengths, frames: int, drop=None, starts=None):
+        """text [B, L] of symbols, -1 behind its end; lengths [B] in frames; drop [B] bool; starts [B, L] where each symbol begins, in
+        frames, for aligned placement alone → [B, frames, text_dim]."""
         text = F.pad(text + 1, (0, frames - text.shape[1]))  # [B, N], padded or cut
         frame = torch.arange(frames, device=text.device)
         inside = frame < lengths[:, None]  # [B, N]
@@ -619,7 +645,40 @@ class TextEmbedding(nn.Module):
         x = (self.text_embed(text) + torch.cat([angle.cos(), angle.sin()], dim=-1)) * has_text[..., None]  # [B, N, D]
         for block in self.text_blocks:
             x = block(x, inside[..., None]) * has_text[..., None]
-        return spread_evenly(x, has_text.sum(1), lengths) if self.spread else x
+        index = text_index(self.place, starts, has_text.sum(1), lengths, frames)  # [B, N]
+        return x.gather(1, index[..., None].expand_as(x)) * inside[..., None]
+
+
+class DurationPredictor(nn.Module):
+    """How long each byte lasts, for text that nobody has spoken yet: the logarithm of its duration relative to its neighbours'.
+
+    Only ratios matter: the prompt, whose length is known, sets the rate (see sample.plan)."""
+
+    def __init__(self, symbols: int, width: int = 128):
+        super().__init__()
+        self.embed = nn.Embedding(symbols + 1, width // 2)
+        self.convs = nn.ModuleList(nn.Conv1d(c, width, 5, padding=2) for c in (width // 2, width, width))
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, text):  # [B, L], -1 behind its end
+        inside = (text >= 0)[:, None]  # [B, 1, L]
+        x = self.embed(text + 1).mT  # [B, C, L]
+        for conv in self.convs:
+            x = F.gelu(conv(x * inside))
+        return self.out(x.mT)[..., 0].float()  # [B, L]
+
+
+def duration_loss(predicted, text, starts, lengths):
+    """|log duration − predicted|, both relative to their utterance's mean, mean over the bytes that last: [B].
+
+    predicted and text [B, L]; starts [B, L] and lengths [B] in frames. A byte lasts from its start to the next one's."""
+    starts = torch.minimum(starts, lengths[:, None])  # infinite behind the text
+    duration = torch.cat([starts[:, 1:], lengths[:, None]], dim=1) - starts  # [B, L]
+    lasts = (text >= 0) & (duration > 0)  # the space between two joined clips does not
+    count = lasts.sum(1, keepdim=True).clamp(min=1)
+    error = duration.clamp(min=1e-3).log() - predicted
+    error = error - (error * lasts).sum(1, keepdim=True) / count
+    return (error.abs() * lasts).sum(1) / count[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -741,6 +800,9 @@ class DiT(Pretrained):
         self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.norm_out = Modulation(config.width, 2)
         self.proj_out = nn.Linear(config.width, config.latent_dim)
+        if config.text_place not in ("left", "even", "aligned"):
+            raise InputError(f"text_place is {config.text_place!r}, expected left, even or aligned")
+        self.durations = DurationPredictor(config.text_symbols) if config.text_place == "aligned" else None
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))  # of the VAE's latents, over the training split
         self.register_buffer("latent_std", torch.ones(config.latent_dim))
         # Zero AdaLN and output: at first every block is the identity, and the velocity 0, so that a deep network starts
@@ -774,44 +836,59 @@ class DiT(Pretrained):
 # Flow matching (arXiv 2210.02747), as text-guided speech infilling (Voicebox, arXiv 2306.15687).
 
 
-def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text):
+def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None):
     """‖v(x_t, t) − (x − noise)‖² over the span, x_t = (1 − t) · noise + t · x: at t = 0 noise, at t = 1 data, and between them the constant
     velocity of the straight path. Sum over the span's frames (mean over features), and the number of those frames.
 
     x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths [B];
-    drop_* [B] bool where prompt or text is hidden, so that the network learns the velocity without them too. Returns two scalars,
-    to be divided over the whole (global) batch."""
+    drop_* [B] bool where prompt or text is hidden, so that the network learns the velocity without them too; starts [B, L] where the
+    bytes begin, for aligned text. Returns two scalars, to be divided over the whole (global) batch."""
     x_t = (1 - t)[:, None, None] * noise + t[:, None, None] * x
     prompt = x.masked_fill((span | drop_prompt[:, None])[..., None], 0)
-    embedded = dit.text_embed(text, lengths, x.shape[1], drop_text)
+    embedded = dit.text_embed(text, lengths, x.shape[1], drop_text, starts)
     velocity = dit(x_t, prompt, embedded, t, lengths).float()
     error = (velocity - (x - noise)).square().mean(-1)  # [B, N]
     return (error * span).sum(), span.sum()
 
 
+# Few steps are best spent near the noise: these are places on a grid of 32 (EPSS, arXiv 2505.19931).
+EPSS = {
+    7: (0, 2, 4, 6, 8, 16, 24, 32),
+    10: (0, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32),
+    16: (*range(9), 10, 12, 14, 16, 20, 24, 28, 32),
+}
+
+
+def time_steps(steps: int, sway: float, device=None):
+    """The times 0 … 1 between which the flow is integrated, [steps + 1]. Sway (F5-TTS), t ← t + sway · (cos(πt/2) − 1 + t), makes steps
+    smaller near the noise where it is negative: there it is decided what will be said where, and errors cost most."""
+    t = torch.tensor(EPSS[steps], device=device) / 32 if steps in EPSS else torch.linspace(0, 1, steps + 1, device=device)
+    return t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
+
+
 @torch.no_grad()
-def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0, sway=-1.0):
+def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0, sway=-1.0, starts=None, cfg_until=1.0):
     """Integrate the flow by Euler's method from `noise` to latents, both [B, N, D] and standardised.
 
     prompt [B, N, D] holds each prompt's latents in its first prompt_lengths frames; text [B, L] is prompt and target
-    text; lengths [B] prompt and target frames. Guidance (arXiv 2207.12598) goes beyond what prompt and text ask for: v + cfg · (v − v without
-    them). Sway (F5-TTS), t ← t + sway · (cos(πt/2) − 1 + t), makes steps smaller near the noise where it is negative: there it is
-    decided what will be said where, and errors cost most. The prompt is written over the result."""
+    text, starts [B, L] where its bytes begin, for aligned text; lengths [B] prompt and target frames. Guidance (arXiv 2207.12598) goes
+    beyond what prompt and text ask for: v + cfg · (v − v without them), at times before cfg_until. The prompt is written over the result."""
     given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
     prompt = prompt * given
-    embedded = dit.text_embed(text, lengths, noise.shape[1])
+    nobody = torch.zeros_like(lengths, dtype=torch.bool)
+    embedded = dit.text_embed(text, lengths, noise.shape[1], nobody, starts)
     if cfg:  # one batch of two: with and without prompt and text
-        embedded = torch.cat([embedded, dit.text_embed(text, lengths, noise.shape[1], torch.ones_like(lengths, dtype=torch.bool))])
-        prompt_both, lengths = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([lengths, lengths])
-    t = torch.linspace(0, 1, steps + 1, device=noise.device)
-    t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
+        without = dit.text_embed(text, lengths, noise.shape[1], ~nobody, starts)
+        both = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([embedded, without])
+    t = time_steps(steps, sway, noise.device)
     x = noise
     for now, after in zip(t[:-1], t[1:]):
-        if cfg:
-            v, v_unconditional = dit(torch.cat([x, x]), prompt_both, embedded, now.expand(len(lengths)), lengths).float().chunk(2)
-            v = v + cfg * (v - v_unconditional)
+        if cfg and now < cfg_until:
+            v = dit(torch.cat([x, x]), *both, now.expand(2 * len(x)), torch.cat([lengths, lengths]))
+            v, without = v.float().chunk(2)
+            v = v + cfg * (v - without)
         else:
-            v = dit(x, prompt, embedded, now.expand(len(lengths)), lengths).float()
+            v = dit(x, prompt, embedded, now.expand(len(x)), lengths).float()
         x = x + (after - now) * v
     return torch.where(given, prompt, x)
 

@@ -9,6 +9,7 @@ The data folder, whose clips stand in every array in the order of the index:
     index.tsv    one line a clip: id, split, speaker, samples, text
     audio.bin    int16   [samples of all clips]
     ssl.bin      float16 [SSL frames of all clips, width]
+    starts.bin   float32 [bytes of all texts]: the second at which each byte begins; nan in clips that could not be aligned
     latents.bin  float16 [latent frames of all clips, 2, latent_dim]: the posterior's mean and log-variance
     meta.json    sample rate, teacher, VAE, counts, hours, the latents' statistics
     settings.json what the folder was made with: other settings are refused
@@ -196,7 +197,7 @@ class Data:
         self.meta = read_json(self.folder / "meta.json")
         for name in need:
             if name not in self.meta:
-                remedy = {"ssl": "--ssl MODEL", "latents": "--vae RUN"}.get(name, "")
+                remedy = {"ssl": "--ssl MODEL", "latents": "--vae RUN", "starts": "--aligner MODEL"}.get(name, "")
                 raise InputError(f"{folder} holds no {name}: run python prepare.py --out {folder} {remedy} first")
         try:
             lines = (self.folder / "index.tsv").read_text(encoding="utf-8").splitlines()[1:]
@@ -216,8 +217,9 @@ class Data:
             raise InputError(f"{folder} is damaged ({type(e).__name__}: {e}): remove it and run prepare.py again") from e
 
     def offsets_at(self, rate) -> np.ndarray:
-        """Where each clip begins in an array of `rate` rows a second, and where the last one ends."""
-        return np.concatenate([[0], frame_count(self.samples, self.rate, rate).cumsum()])
+        """Where each clip begins in an array of `rate` rows a second (or "byte": a row a byte of its text), and where the last one ends."""
+        counts = [len(c["text"].encode()) for c in self.clips] if rate == "byte" else frame_count(self.samples, self.rate, rate)
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def counts(self, name: str) -> np.ndarray:
         """Rows of array `name` that each clip has."""
@@ -413,7 +415,7 @@ def reserve(path: Path, size: int) -> None:
         os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.truncate(size)
 
 
-def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int, world: int) -> tuple[np.memmap, np.ndarray]:
+def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int, world: int, dtype="float16") -> tuple[np.memmap, np.ndarray]:
     """A file for array `name` [rows, *width], filled in place: make(part) gives the rows of these clips. Returns it and its offsets.
 
     Every rank writes its chunks into the one file; what another pass, model or VAE left half-done is removed."""
@@ -421,12 +423,12 @@ def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int
     path, shape = work / f"{zlib.crc32(json.dumps([entry, args.chunk]).encode())}.bin", (int(offsets[-1]), *width)
     if rank == 0 and not path.exists():
         shutil.rmtree(work, ignore_errors=True)
-        write_atomic(path, lambda p: reserve(p, 2 * math.prod(shape)))
+        write_atomic(path, lambda p: reserve(p, np.dtype(dtype).itemsize * math.prod(shape)))
     barrier()
-    array = np.memmap(path, "float16", "r+", shape=shape)
+    array = np.memmap(path, dtype, "r+", shape=shape)
 
     def do(part):
-        array[offsets[part.start] : offsets[part.stop]] = make(part).half().cpu().numpy()
+        array[offsets[part.start] : offsets[part.stop]] = make(part).cpu().numpy()
         array.flush()
 
     each_chunk(args, name, len(data.clips), do, rank, world)
@@ -439,7 +441,7 @@ def finish(out: Path, name: str, array: np.memmap, entry: dict) -> None:
     if meta.pop(name, None):
         write_json(out / "meta.json", meta)
     os.replace(array.filename, out / f"{name}.bin")
-    write_json(out / "meta.json", meta | {name: entry | dict(shape=array.shape, dtype="float16")})
+    write_json(out / "meta.json", meta | {name: entry | dict(shape=array.shape, dtype=array.dtype.name)})
 
 
 def revision(name: str | Path, config=None) -> str:
@@ -471,8 +473,8 @@ class SSLModel:
     layers = 1  # side by side in the features
 
     def __init__(self, name: str, layer: int | str = -1, device=torch.device("cpu")):
-        """layer: a hidden state, -1 for the last, or "all": every one, side by side."""
-        self.extractor, model = from_hub("SSL model", name, "FeatureExtractor", "Model")
+        """layer: a hidden state, -1 for the last, "all": every one, side by side, or "logits": of a CTC model."""
+        self.extractor, model = from_hub("SSL model", name, "FeatureExtractor", "ModelForCTC" if layer == "logits" else "Model")
         self.name, self.layer, self.device, self.revision = name, layer, device, revision(name, model.config)
         self.layers = getattr(model.config, "num_hidden_layers", 0) + 1 if layer == "all" else 1
         self.whisper = model.config.model_type == "whisper"
@@ -493,8 +495,8 @@ class SSLModel:
             raise InputError(f"{self.name} hears 30 s at most: prepare the data with --max-seconds 30")
         options = {} if self.whisper else dict(padding=True, return_attention_mask=not self.equal_lengths)
         inputs = self.extractor(waves, sampling_rate=self.sample_rate, return_tensors="pt", **options).to(self.device)
-        out = self.model(**inputs, output_hidden_states=self.layer != -1)
-        states = out.last_hidden_state if self.layer == -1 else torch.cat(out.hidden_states, -1) if self.layer == "all" else out.hidden_states[self.layer]
+        out = self.model(**inputs, output_hidden_states=self.layer not in (-1, "logits"))
+        states = out.logits if self.layer == "logits" else out.last_hidden_state if self.layer == -1 else torch.cat(out.hidden_states, -1) if self.layer == "all" else out.hidden_states[self.layer]
         if self.whisper:
             frames = [frame_count(len(w), self.sample_rate, self.rate) for w in waves]
         elif "input_features" in inputs:  # w2v-BERT: its extractor already makes the frames
@@ -583,6 +585,77 @@ def fill_ssl(args, rank: int, world: int, device) -> None:
         finish(args.out, "ssl", array, ssl.facts())
 
 
+class Aligner:
+    """A CTC recogniser that finds where each byte of a text is said (torchaudio.functional.forced_align)."""
+
+    WORST = -2.5  # mean log-probability a character below which text and speech are not the same: see demo/README.md
+
+    def __init__(self, name: str, device):
+        self.model = SSLModel(name, "logits", device)
+        (tokenizer,) = from_hub("aligner", name, "Tokenizer")
+        self.blank = tokenizer.pad_token_id
+        self.ids = {text: i for text, i in tokenizer.get_vocab().items() if len(text) == 1 and i != self.blank}
+        self.ids[" "] = self.ids.get(getattr(tokenizer, "word_delimiter_token", None) or " ")
+        self.lacks = Counter()
+
+    def symbol(self, character: str) -> int | None:
+        """Its id in the model's alphabet, in whichever case that has it."""
+        return next((self.ids[c] for c in (character, character.upper(), character.lower()) if self.ids.get(c) is not None), None)
+
+    def __call__(self, logits: torch.Tensor, text: str, seconds: float) -> torch.Tensor:
+        """Logits [S, symbols] of a clip → the second at which each byte of its text begins [L]: halfway between the moments at which
+        the model is surest of it and of the byte before. Characters that the model lacks stand evenly between their neighbours. All
+        nan, if what is said is not this text."""
+        characters = [(position, self.symbol(c)) for position, c in byte_positions(text)]
+        self.lacks.update(c for (_, c), (_, symbol) in zip(byte_positions(text), characters) if symbol is None)
+        known = [(position, symbol) for position, symbol in characters if symbol is not None]
+        targets = torch.tensor([[symbol for _, symbol in known]], dtype=torch.int32)
+        length = len(text.encode())
+        repeats = (targets[0, 1:] == targets[0, :-1]).sum().item()
+        if not known or len(known) + repeats > len(logits):
+            return torch.full((length,), math.nan)
+        path, scores = torchaudio.functional.forced_align(logits.log_softmax(-1)[None].cpu(), targets, blank=self.blank)
+        spans = torchaudio.functional.merge_tokens(path[0], scores[0], self.blank)
+        if np.mean([span.score for span in spans]) < self.WORST:
+            return torch.full((length,), math.nan)
+        moments = [(span.start + span.end) / 2 / len(logits) * seconds for span in spans]
+        peaks = np.interp(range(length), [-1, *(position for position, _ in known), length], [0, *moments, seconds])
+        return torch.from_numpy(np.concatenate([[0], (peaks[1:] + peaks[:-1]) / 2])).float()
+
+
+def byte_positions(text: str) -> list[tuple[int, str]]:
+    """Each character with the place of its first byte."""
+    places = np.cumsum([0, *(len(c.encode()) for c in text)])
+    return list(zip(places.tolist(), text))
+
+
+def fill_starts(args, rank: int, world: int, device) -> None:
+    """Where each byte of every clip's text begins."""
+    data, aligner = Data(args.out), Aligner(args.aligner, device)
+    if aligner.model.sample_rate != data.rate:
+        raise InputError(f"{args.aligner} hears {aligner.model.sample_rate} Hz, {args.out} holds {data.rate} Hz")
+    entry = dict(aligner=args.aligner, revision=aligner.model.revision, rate="byte")
+    if data.meta.get("starts", {}).get("revision", "none") == entry["revision"]:
+        return
+
+    def make(part):
+        starts = [None] * len(part)
+        for batch in aligner.model.batches([int(data.samples[i]) for i in part], args.batch_seconds):
+            for j, logits in zip(batch, aligner.model([data.get("audio", part[j]).numpy() for j in batch])):
+                starts[j] = aligner(logits, data.clips[part[j]]["text"], data.samples[part[j]] / data.rate)
+        return torch.cat(starts)
+
+    array, offsets = fill(data, args, "starts", entry, (), make, rank, world, "float32")
+    if rank == 0:
+        lost = [data.clips[i]["id"] for i in range(len(data.clips)) if np.isnan(array[offsets[i]])]
+        write_atomic(args.out / "unaligned.tsv", lambda p: p.write_text("".join(f"{name}\n" for name in lost), encoding="utf-8"))
+        finish(args.out, "starts", array, entry | dict(unaligned=len(lost)))
+        if aligner.lacks:
+            lacks = ", ".join(f"{c!r} {count} times" for c, count in aligner.lacks.most_common(20))
+            print(f"{args.aligner} lacks, and the rest of the text places: {lacks}")
+        print(f"{len(lost)} of {len(data.clips)} clips cannot be aligned (listed in {args.out / 'unaligned.tsv'}): train_tts.py --text-place aligned leaves them out")
+
+
 @torch.no_grad()
 def fill_latents(args, rank: int, world: int, device) -> None:
     """The posterior of every clip, and each channel's mean and standard deviation over the training split."""
@@ -600,7 +673,7 @@ def fill_latents(args, rank: int, world: int, device) -> None:
     vae.to(device)
 
     def make(part):
-        return torch.cat([torch.stack(vae.encode(data.get("audio", i)[None].to(device)), 2)[0] for i in part])  # [N, 2, D]
+        return torch.cat([torch.stack(vae.encode(data.get("audio", i)[None].to(device)), 2)[0] for i in part]).half()  # [N, 2, D]
 
     array, offsets = fill(data, args, "latents", entry, (2, dim), make, rank, world)
     if rank == 0:
@@ -623,6 +696,7 @@ def parse_args(argv=None):
     parser.add_argument("--download-to", type=Path, default=Path("downloads"), help="where downloads are kept (default %(default)s)")
     parser.add_argument("--ssl", help="teacher: hub id or folder of a speech encoder, several with commas between, \"mel\", or \"none\" (default: for the demo corpus the demo's; the paper's is microsoft/wavlm-large)")
     parser.add_argument("--layer", type=layer_number, help="hidden state to store, -1 for the last, \"all\" for a learned mix (default -1)")
+    parser.add_argument("--aligner", help="CTC recogniser that finds where each character is said, for text in its place: hub id or folder (default: for the demo corpus the demo's)")
     parser.add_argument("--vae", help="add the latents of this VAE: a run, an authors' release, or a hub id")
     parser.add_argument("--text", choices=["plain", "raw"], help="plain: lower case without punctuation; raw: with both (default: plain for the demo corpus, else raw)")
     parser.add_argument("--sample-rate", type=int, default=16000, help="of the stored audio, in Hz (default %(default)s)")
@@ -639,6 +713,7 @@ def parse_args(argv=None):
         args.text = args.text or "raw"
     elif not (args.out / "meta.json").exists():
         args.source, args.ssl, args.text = [DEMO / "corpus"], args.ssl or str(DEMO / "ssl"), args.text or "plain"
+        args.aligner = args.aligner or str(DEMO / "ssl")
     return args
 
 
@@ -669,6 +744,8 @@ def main(argv=None):
     if args.ssl != "none":
         args.layer = -1 if args.layer is None else args.layer
         fill_ssl(args, rank, world, device)
+    if args.aligner:
+        fill_starts(args, rank, world, device)
     if args.vae:
         fill_latents(args, rank, world, device)
     if rank == 0:
@@ -679,7 +756,7 @@ def main(argv=None):
             print(f"dropped {name}: {why}")
         for why, count in sorted(Counter(why for _, why in dropped).items()):
             print(f"dropped {count}: {why} (all listed in {out / 'dropped.tsv'})")
-        has = ", ".join(f"{name} {meta[name]['shape']}" for name in ("audio", "ssl", "latents") if name in meta)
+        has = ", ".join(f"{name} {meta[name]['shape']}" for name in ("audio", "ssl", "starts", "latents") if name in meta)
         print(f"{out}: {meta['clips']} clips, {meta['hours']:.2f} hours, {meta['speakers']} speakers; {has}")
 
 

@@ -10,6 +10,7 @@ together stay within the length the model was trained on; the pieces are joined 
 """
 
 import argparse
+import math
 import re
 import time
 import zlib
@@ -40,11 +41,25 @@ def to_bytes(text: str) -> torch.Tensor:
     return torch.tensor(list(text.encode("utf-8")), dtype=torch.long)
 
 
-def target_frames(prompt_frames: int, request: Request, frame_rate: float, speed: float = 1.0) -> int:
-    """Frames of prompt and target: the target takes as long a byte as the prompt did. Never fewer frames than symbols."""
-    prompt_bytes, target_bytes = (len(t.encode("utf-8")) for t in (request.prompt_text + " ", request.text))
-    target = round(request.seconds * frame_rate) if request.seconds else int(prompt_frames * target_bytes / prompt_bytes / speed)
-    return max(prompt_frames + target, prompt_frames + 1, prompt_bytes + target_bytes + 1)
+@torch.no_grad()
+def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> tuple[int, torch.Tensor]:
+    """(frames of prompt and target, where each byte of `prompt_text text` starts [L], in frames).
+
+    Bytes weigh as long as the DiT's duration predictor says, or all alike where it has none. The prompt's weights fill its frames, and
+    the target goes on at that rate. Never fewer frames than symbols."""
+    prompt, target = to_bytes(request.prompt_text + " "), to_bytes(request.text)
+    text = torch.cat([prompt, target])
+    durations = torch.ones(len(text), dtype=torch.float64)
+    if dit.durations:
+        durations = dit.durations(text[None].to(dit.latent_mean.device))[0].exp().double().cpu()
+        durations[len(prompt) - 1] = 0  # the space between, as in training
+    durations *= prompt_frames / durations[: len(prompt)].sum()
+    frames = int(durations[len(prompt) :].sum() / speed + 1e-6)
+    if request.seconds:
+        frames = round(request.seconds * dit.config.sample_rate / dit.config.hop)
+    total = max(prompt_frames + frames, prompt_frames + 1, len(text) + 1)
+    durations[len(prompt) :] *= (total - prompt_frames) / durations[len(prompt) :].sum()
+    return total, (durations.cumsum(0) - durations).float()
 
 
 def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
@@ -64,12 +79,13 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
 
 
 @torch.no_grad()
-def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8) -> list[np.ndarray]:
+def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8, cfg_until=1.0) -> list[np.ndarray]:
     """float32 audio of each request's text alone, in order. What one gets does not depend on its batch: noise is drawn on
     the CPU from (seed, text), so a seed gives the same clip anywhere. Non-finite or silent output is an InputError."""
     device, config = dit.latent_mean.device, dit.config
     prompts = [dit.standardize(vae.encode(torch.from_numpy(r.prompt)[None].to(device))[0])[0] for r in requests]  # each [P, D]
-    totals = [target_frames(len(p), r, config.sample_rate / config.hop, speed) for p, r in zip(prompts, requests)]
+    plans = [plan(dit, len(p), r, speed) for p, r in zip(prompts, requests)]
+    totals = [total for total, _ in plans]
     waves = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: totals[i])
     for batch in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
@@ -79,7 +95,7 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
         prompt = pad([torch.nn.functional.pad(prompts[i], (0, 0, 0, totals[i] - len(prompts[i]))) for i in batch])
         lengths, prompt_lengths = (torch.tensor(v, device=device) for v in ([totals[i] for i in batch], [len(prompts[i]) for i in batch]))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            x = sample(dit, noise, prompt, prompt_lengths, text, lengths, steps, cfg, sway)
+            x = sample(dit, noise, prompt, prompt_lengths, text, lengths, steps, cfg, sway, pad([plans[i][1] for i in batch], math.inf), cfg_until)
         z = dit.destandardize(x)
         for row, i in enumerate(batch):
             wave = vae.decode_in_pieces(z[row : row + 1, : totals[i]])[0, len(prompts[i]) * config.hop :].cpu().numpy()
@@ -167,7 +183,7 @@ def say(args, dit, vae, device) -> None:
     requests = [Request(wave, ref_text, piece, args.duration) for piece in pieces]
     start, takes = time.time(), []
     for take in range(args.takes):
-        said = join(synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed + take, args.batch_size), rate)
+        said = join(synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed + take, args.batch_size, args.cfg_until), rate)
         error = error_rates([text], [asr(said, rate)])["cer"] if args.takes > 1 else 0
         takes.append((error, take, said))
         if args.takes > 1:
@@ -206,7 +222,7 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
             text, wave = normalize_text(line.ref_text, dit.config.text), read_audio(prompts[line.ref], rate)
             check_prompt(wave, text, rate, dit.config.max_seconds)  # but used whole: the protocol's lengths are those of whole prompts
             requests.append(Request(wave, text, normalize_text(line.text, dit.config.text)))
-        for line, wave in zip(batch, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size)):
+        for line, wave in zip(batch, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size, args.cfg_until)):
             write_wave(args.out / line.wav, wave, rate)
             seconds += len(wave) / rate
     if rank == 0 and seconds:
@@ -227,6 +243,7 @@ def parse_args(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="with --list: only look whether every prompt is there")
     parser.add_argument("--steps", type=int, default=32, help="Euler steps (default %(default)s)")
     parser.add_argument("--cfg", type=float, default=2, help="guidance strength (default %(default)s)")
+    parser.add_argument("--cfg-until", type=float, default=1, help="guide only at times before this one, of 0 (noise) to 1: less work (default %(default)s)")
     parser.add_argument("--sway", type=float, default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")
     parser.add_argument("--speed", type=float, default=1, help="relative to the prompt's rate of speech (default %(default)s)")
     parser.add_argument("--duration", type=float, help="seconds of the result (default: by the prompt's rate)")

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
-from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, flow_matching_loss
+from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, duration_loss, flow_matching_loss
 from prepare import DEMO, Data, cli, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
 from train_vae import Log, Means, Stop, compiled, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
@@ -40,7 +40,9 @@ class Utterances(torch.utils.data.Dataset):
     """Training examples: `join` clips of one speaker in a row (1: each clip by itself), grouped by length into steps."""
 
     def __init__(self, data: Data, split: str, batch_seconds: float, join: int, seed: int):
-        self.data, self.join, self.seed, self.clips = data, join, seed, data.split(split)
+        self.data, self.join, self.seed = data, join, seed
+        self.aligned = "starts" in data.arrays  # clips that the aligner could not place have nan
+        self.clips = [i for i in data.split(split) if not self.aligned or data.get("starts", i).isfinite().all()]
         latents = data.meta["latents"]
         self.mean, self.std = torch.tensor(latents["mean"]), torch.tensor(latents["std"])
         self.frames, self.rate = data.counts("latents"), data.rate / latents["hop"]
@@ -85,7 +87,11 @@ class Utterances(torch.utils.data.Dataset):
         start = int(rng.uniform() * (n - length))
         drop_both = rng.uniform() < 0.2
         frame = torch.arange(n)
-        return dict(x=(z - self.mean) / self.std, noise=normal(), t=torch.tensor(rng.uniform(), dtype=torch.float32),
+        starts, before = [], 0
+        for i in run if self.aligned else ():  # the space between two clips takes no time: it starts where the next clip does
+            starts += [torch.tensor([float(before)])] * (before > 0) + [before + float(self.rate) * self.data.get("starts", i)]
+            before += int(self.frames[i])
+        return dict(x=(z - self.mean) / self.std, noise=normal(), starts=torch.cat(starts) if starts else None, t=torch.tensor(rng.uniform(), dtype=torch.float32),
                     span=(frame >= start) & (frame < start + length), text=to_bytes(" ".join(self.data.clips[i]["text"] for i in run)),
                     length=torch.tensor(n), drop_prompt=torch.tensor(drop_both or rng.uniform() < 0.3), drop_text=torch.tensor(drop_both))  # fmt: skip
 
@@ -94,7 +100,8 @@ def collate(items: list[dict]) -> list[torch.Tensor]:
     """Pad to the longest, in the order of flow_matching_loss's arguments."""
     pad = lambda name, value: nn.utils.rnn.pad_sequence([i[name] for i in items], batch_first=True, padding_value=value)
     stack = lambda name: torch.stack([i[name] for i in items])
-    return [pad("x", 0), pad("noise", 0), stack("t"), pad("span", False), pad("text", -1), stack("length"), stack("drop_prompt"), stack("drop_text")]
+    aligned = [] if items[0]["starts"] is None else [pad("starts", math.inf)]
+    return [pad("x", 0), pad("noise", 0), stack("t"), pad("span", False), pad("text", -1), stack("length"), stack("drop_prompt"), stack("drop_text"), *aligned]
 
 
 class MicroBatches:
@@ -127,14 +134,20 @@ class MicroBatches:
 
 
 class Objective(nn.Module):
-    """The loss as a module, for DistributedDataParallel and torch.compile."""
+    """The losses as a module, for DistributedDataParallel and torch.compile."""
 
     def __init__(self, dit: DiT):
         super().__init__()
         self.dit = dit
 
-    def forward(self, *batch):
-        return flow_matching_loss(self.dit, *batch)
+    def forward(self, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None):
+        """Sums of the flow-matching and of the duration predictor's error, both over the span's frames, and the number of those. Utterances weigh
+        by their frames in both, so that ranks and micro-batches change nothing."""
+        error, frames = flow_matching_loss(self.dit, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts)
+        if starts is None:
+            return error, torch.zeros_like(error), frames
+        durations = duration_loss(self.dit.durations(text), text, starts, lengths)  # [B]
+        return error, (durations * span.sum(1)).sum(), frames
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -147,9 +160,9 @@ def validate(dit: DiT, examples: Utterances, device, clips: int = 32) -> float:
     keys = [(-1, run) for run in examples.examples(np.random.default_rng(0))[:clips]]
     total = count = 0.0
     for i, key in enumerate(keys):
-        x, noise, t, span, text, length, *_ = (v.to(device) for v in collate([examples[key]]))
+        x, noise, t, span, text, length, _, _, *starts = (v.to(device) for v in collate([examples[key]]))
         keep = torch.zeros(1, dtype=torch.bool, device=device)
-        error, frames = flow_matching_loss(dit, x, noise, torch.full_like(t, (i + 0.5) / len(keys)), span, text, length, keep, keep)
+        error, frames = flow_matching_loss(dit, x, noise, torch.full_like(t, (i + 0.5) / len(keys)), span, text, length, keep, keep, *starts)
         total, count = total + error.item(), count + frames.item()
     return total / count
 
@@ -171,7 +184,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/tts"), help="run folder (default %(default)s)")
     parser.add_argument("--init", help="start from the weights of this DiT (folder or hub id), to fine-tune it, or to learn the latents of another VAE")
     parser.add_argument("--vae", help="where the latents' VAE is now, if not where it was when they were made")
-    parser.add_argument("--text-upsample", action=argparse.BooleanOptionalAction, default=None, help="spread the text evenly over the frames (default: the preset's)")
+    parser.add_argument("--text-place", choices=["left", "even", "aligned"], help="where the text stands among the frames: at the left (F5-TTS, the paper), spread evenly (ZipVoice), or where it is said, which needs prepare.py --aligner (default: the preset's)")
     parser.add_argument("--join", type=int, default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
     parser.add_argument("--batch-seconds", type=float, default=3240, help="audio in one update, over all ranks (default %(default)s: 0.9 h)")
     parser.add_argument("--micro-seconds", type=float, default=405, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
@@ -189,7 +202,11 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
     held, stop = lock(args.out) if rank == 0 else None, Stop()
-    data = Data(args.data, ("audio", "latents"))
+    dit = DiT.from_pretrained(args.init).train() if args.init else None
+    place = dit.config.text_place if dit else args.text_place or PRESETS[args.preset]["dit"].get("text_place", "left")
+    if args.text_place not in (None, place):
+        raise InputError(f"{args.init} has its text placed {place}, not {args.text_place}: drop --text-place")
+    data = Data(args.data, ("audio", "latents") + ("starts",) * (place == "aligned"))
     latents = data.meta["latents"]
     torch.manual_seed(args.seed)
 
@@ -209,7 +226,6 @@ def main(argv=None):
     facts = dict(latent_dim=latents["dim"], sample_rate=data.rate, hop=latents["hop"], text=data.meta["text"],
                  max_seconds=longest, vae_hash=latents["vae_hash"])  # fmt: skip
     if args.init:
-        dit = DiT.from_pretrained(args.init).train()
         found = {name: getattr(dit.config, name) for name in facts}
         for name in ("latent_dim", "sample_rate", "hop", "text"):
             if found[name] != facts[name]:
@@ -218,14 +234,14 @@ def main(argv=None):
             print(f"{args.init} spoke in latents of VAE {found['vae_hash']}: it has to learn those of {facts['vae_hash']}")
         dit.config = dataclasses.replace(dit.config, **facts)
     else:
-        settings = PRESETS[args.preset]["dit"] | facts | ({} if args.text_upsample is None else dict(text_upsample=args.text_upsample))
+        settings = PRESETS[args.preset]["dit"] | facts | dict(text_place=place)
         dit = DiT(DiTConfig(**settings))
     dit.latent_mean.copy_(train.mean), dit.latent_std.copy_(train.std)
     dit.to(device)
     optimizer = torch.optim.AdamW(dit.parameters(), lr=args.lr, fused=True)
     ema = copy.deepcopy(dit).eval().requires_grad_(False)
     modules = dict(dit=dit, ema=ema, optimizer=optimizer)
-    state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={})
+    state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={}, seconds=0)
     first, means = state["step"], Means(state["means"], device)
 
     micro = MicroBatches(train, first, args.steps, args.micro_seconds, rank, world)
@@ -235,7 +251,7 @@ def main(argv=None):
     notes = dict(vae=os.path.relpath(vae_folder, args.out) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"])
     if rank == 0:
         save_args(args)
-        log = Log(args.out / "log.csv", ["step", "loss", "grad", "skipped", "lr", "seconds", "valid_loss", "cer", "wer"], first)
+        log = Log(args.out / "log.csv", ["step", "loss", "durations", "grad", "skipped", "lr", "seconds", "valid_loss", "cer", "wer"], first)
         print(f"{device}, {world} rank(s); DiT {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters; {len(train.clips)} clips, {data.meta['hours']} h; "
               f"about {args.batch_seconds} s a step, {train.groups} steps an epoch; padding {micro.padding():.1%} of what is computed")  # fmt: skip
         examples = [train[(0, run)]["x"] for run in train.step(0)[:64]]
@@ -261,7 +277,7 @@ def main(argv=None):
     optimizer.zero_grad()
 
     heard_at = lambda step, part: [data.clips[i]["id"] for run in micro.parts(step)[part] for i in run]
-    start = time.time()
+    start, began, intelligible = time.time() - state["seconds"], time.time(), False
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="tts")
     for step in bar:
         warm, decay = (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.steps - args.warmup)
@@ -270,19 +286,21 @@ def main(argv=None):
             group["lr"] = rate
         batches = [[v.to(device, non_blocking=True) for v in next(loader)] for _ in micro.parts(step)]
         frames = sum(span.sum() for _, _, _, span, *_ in batches)
+        terms = torch.zeros(2, device=device)
         if world > 1:  # the mean runs over the span frames of the whole global batch
             dist.all_reduce(frames)
         parts = []
         for i, batch in enumerate(batches):
             with objective.no_sync() if world > 1 and i < len(batches) - 1 else contextlib.nullcontext():
                 with autocast():
-                    error, _ = objective(*batch)
-                loss = error * world / frames  # DDP averages over ranks: undo that
-                loss.backward()
-            parts.append(loss.detach())
-        total = sum(parts)
+                    errors = torch.stack(objective(*batch)[:2])
+                losses = errors * world / frames  # DDP averages over ranks: undo that
+                losses.sum().backward()
+            parts.append(losses.detach().sum())
+            terms += losses.detach()
+        total = terms[0]
         norm = nn.utils.clip_grad_norm_(dit.parameters(), args.clip)
-        means.add({"loss": total, "grad": norm, "skipped": guarded_step(optimizer, norm), "part": torch.stack(parts).isfinite().float().argmin()})  # the first micro-batch that is not finite
+        means.add({"loss": total, "durations": terms[1], "grad": norm, "skipped": guarded_step(optimizer, norm), "part": torch.stack(parts).isfinite().float().argmin()})  # the first micro-batch that is not finite
         update_ema(ema, dit, args.ema, step)
 
         # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
@@ -306,12 +324,12 @@ def main(argv=None):
                 scores |= error_rates([r.text for r in requests], [asr(w, data.rate) for w in waves])
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
-            pace = (done - first) / (time.time() - start)  # steps a second, evaluations included
+            pace = (done - first) / (time.time() - began)  # steps a second, evaluations included
             bar.set_postfix(loss=f"{total.item():.3f}", audio=f"{args.batch_seconds * pace:.0f} s/s")
         if evaluating and (step > 0 or last) or stopped:
             gathered = means.state(world)
             if rank == 0:
-                save_run(args.out, done, ema, notes, modules, gathered, args.keep)
+                save_run(args.out, done, ema, notes, modules, gathered, args.keep, seconds=time.time() - start)
         if stopped:
             bar.close()
             raise SystemExit(stopped_at(args.out, done, stopped, rank))

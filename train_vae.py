@@ -34,7 +34,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from model import PRESETS, InputError, SemanticVAE, VAEConfig, alignment_loss, kl_loss, load_torch, read_json, upward_alignment_loss, write_atomic, write_json
+from model import (PRESETS, InputError, LogMel, SemanticVAE, VAEConfig, alignment_loss, at_rate, conv_head, kl_loss, load_torch, read_json,
+                   upward_alignment_loss, write_atomic, write_json)  # fmt: skip
 from prepare import PATIENCE, Data, SSLModel, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
 
 # --------------------------------------------------------------------------------------------------------------
@@ -74,6 +75,49 @@ def stft_distance(x, y):
         a, b = stft(x, window).abs(), stft(y, window).abs()
         total = total + F.l1_loss(a.clamp(min=1e-5).square().log10(), b.clamp(min=1e-5).square().log10()) + F.l1_loss(a, b)
     return total
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The encoder first: what latents must carry can be learned without decoding any of them, at a fraction of the cost.
+
+
+class LatentReader(nn.Module):
+    """A small head that tells, from the sampled latents, the log-mels and the teacher's features of the same frames."""
+
+    BANDS = 80
+
+    def __init__(self, vae: VAEConfig, ssl_dim: int):
+        super().__init__()
+        self.mel = LogMel(vae.sample_rate, self.BANDS, vae.hop)
+        self.head = conv_head(vae.latent_dim, 256, self.BANDS + ssl_dim)
+        self.register_buffer("centre", torch.zeros(ssl_dim))  # of the teacher's features,
+        self.register_buffer("spread", torch.ones(ssl_dim))  # and their standard deviation
+
+    def forward(self, z, wave, features=None):
+        """z [B, N, D], wave [B, T], features [B, S, ssl_dim] → distances by name: mel, the mean L1 of log10 magnitudes, times the seven scales of
+        MelDistance, so that its weight means the same; teacher, the mean square."""
+        told = self.head(z.mT).mT.float()  # [B, N, bands + ssl_dim]
+        mel = self.mel(wave[:, None]).mT  # [B, N, bands]
+        distances = dict(mel=7 / math.log(10) * F.l1_loss(told[..., : self.BANDS], mel))
+        if features is not None and len(self.centre):
+            wanted = (at_rate(features, z.shape[1]) - self.centre) / self.spread
+            distances["teacher"] = F.mse_loss(told[..., self.BANDS :], wanted)
+        return distances
+
+
+class EncoderFirst(nn.Module):
+    """SemanticVAE.forward with a reader in place of the decoder."""
+
+    def __init__(self, vae: SemanticVAE, reader: LatentReader):
+        super().__init__()
+        self.vae = vae
+        self.reader = reader
+
+    def forward(self, wave, noise, features=None):
+        mean, logvar = self.vae.encode(wave)
+        z = mean + noise * (0.5 * logvar).exp()
+        aligned = self.vae.projectors(z, features) if features is not None else None
+        return self.reader(z, wave, features), z, mean, logvar, aligned
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -220,12 +264,23 @@ def listen(teacher: SSLModel, batch: dict, count: int) -> torch.Tensor:
     return torch.stack(features)
 
 
-def crop_loader(crops: Crops, first: int, last: int, per_step: int, micro: int, rank: int, world: int, workers: int):
-    """Micro-batches of this rank for steps first … last - 1; each step's crops are shared out in order."""
-    share = per_step // world
-    indices = (list(range(a, a + micro)) for step in range(first, last)
-               for a in range(step * per_step + rank * share, step * per_step + (rank + 1) * share, micro))  # fmt: skip
-    return torch.utils.data.DataLoader(crops, batch_sampler=indices, num_workers=workers, pin_memory=torch.cuda.is_available())
+class CropNumbers:
+    """This rank's micro-batches, step after step: each step's crops are shared in order. The first steps may have crops of their own number."""
+
+    def __init__(self, steps: range, per_step: int, early_steps: int, early_per_step: int, micro: int, rank: int, world: int):
+        self.steps, self.rank, self.world, self.micro = steps, rank, world, micro
+        self.per_step, self.early_steps, self.early_per_step = per_step, early_steps, early_per_step
+
+    def parts(self, step: int) -> list[list[int]]:
+        early = min(step, self.early_steps)
+        share = (self.early_per_step if step < self.early_steps else self.per_step) // self.world
+        micro = math.gcd(share, self.micro)
+        first = early * self.early_per_step + (step - early) * self.per_step + self.rank * share
+        return [list(range(k, k + micro)) for k in range(first, first + share, micro)]
+
+    def __iter__(self):
+        for step in self.steps:
+            yield from self.parts(step)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -267,12 +322,12 @@ def load_state(path: Path, modules: dict) -> dict:
         state = load_torch(path)
         for name, module in modules.items():
             module.load_state_dict(state[name])
-        return dict(step=int(state["step"]), means=state.get("means", {}))
+        return dict(step=int(state["step"]), means=state.get("means", {}), seconds=float(state.get("seconds", 0)))
     except Exception as e:  # torch raises many kinds for names, shapes and types that do not fit
         raise InputError(f"cannot resume from {path}: {str(e).splitlines()[0]}; choose another --out to begin anew") from e
 
 
-def save_run(out: Path, step: int, model, notes: dict, modules: dict, means: dict, keep: int) -> None:
+def save_run(out: Path, step: int, model, notes: dict, modules: dict, means: dict, keep: int, **more) -> None:
     """The averaged weights for sampling, also as out/step0005000 where the last `keep` of them stay, and all that --resume needs."""
     model.save_pretrained(out, **notes, step=step)
     if keep:
@@ -280,7 +335,7 @@ def save_run(out: Path, step: int, model, notes: dict, modules: dict, means: dic
         model.save_pretrained(out / f"step{step:07d}", **notes | vae, step=step)
         for old in sorted(out.glob("step???????"))[:-keep]:
             shutil.rmtree(old)
-    state = dict(step=step, means=means, **{name: module.state_dict() for name, module in modules.items()})
+    state = dict(step=step, means=means, **more, **{name: module.state_dict() for name, module in modules.items()})
     write_atomic(out / "state.pt", lambda p: torch.save(state, p))
 
 
@@ -421,8 +476,13 @@ def unit_latents(vae: SemanticVAE, waves: torch.Tensor, noise: float = 0.2) -> N
 
 
 @torch.no_grad()
-def evaluate(vae: SemanticVAE, data: Data, clips: list[int], mel: MelDistance, device, folder: Path, step: int) -> dict:
-    """Mean mel and STFT distance of whole validation clips, reconstructed from the posterior's mean and written as wav files."""
+def evaluate(vae: SemanticVAE, reader, data: Data, clips: list[int], mel: MelDistance, device, folder: Path, step: int) -> dict:
+    """Mean mel and STFT distance of whole validation clips, reconstructed from the posterior's mean and written as wav files. With a
+    reader, while there is no decoder yet, the mel distance alone, of what it reads."""
+    if reader:
+        waves = [data.get("audio", clip)[None].to(device) for clip in clips]
+        waves = [F.pad(wave, (0, -wave.shape[1] % vae.config.hop)) for wave in waves]
+        return dict(valid_mel=float(np.mean([reader(vae.encode(wave)[0], wave)["mel"].item() for wave in waves])))
     totals = dict(valid_mel=0.0, valid_stft=0.0)
     for n, clip in enumerate(clips):
         wave = data.get("audio", clip)[None].to(device)
@@ -459,7 +519,9 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=float, default=1e-4, help="of both optimisers, whatever the number of ranks (default %(default)s)")
     parser.add_argument("--lr-decay", type=float, default=0.999996, help="factor a step (default %(default)s)")
     parser.add_argument("--encoder-lr", type=float, default=1, help="factor on --lr for all but decoder and alignment head; 0: train the decoder alone (default %(default)s)")
-    parser.add_argument("--encoder-warmup", type=int, default=0, help="steps in which it rises from 0 (default %(default)s)")
+    parser.add_argument("--encoder-steps", type=int, default=0, help="in the first so many steps the encoder learns alone, by what a small head reads from its latents; then it stays, and the decoder learns (default %(default)s)")
+    parser.add_argument("--encoder-batch-seconds", type=float, default=192, help="audio in one of those updates (default %(default)s)")
+    parser.add_argument("--teacher-weight", type=float, default=15, help="of the teacher's features in what the head reads; 0: log-mels alone (default %(default)s)")
     parser.add_argument("--unit-latents", action=argparse.BooleanOptionalAction, default=False, help="begin with informative latents: see unit_latents()")
     parser.add_argument("--clip", type=float, default=10, help="largest gradient norm, of both networks (default %(default)s)")
     parser.add_argument("--eval-clips", type=int, default=16, help="validation clips (default %(default)s)")
@@ -500,64 +562,94 @@ def main(argv=None):
     if args.unit_latents and not args.init and not args.mel:
         unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
     discriminators, mel = Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
+    early = 0 if args.mel else args.encoder_steps
+    reader = LatentReader(vae.config, ssl["dim"] if with_ssl and args.teacher_weight else 0).to(device)
+    if early and with_ssl and args.teacher_weight and not teacher:
+        seen = torch.cat([crops[k]["ssl"] for k in range(64)])
+        reader.centre.copy_(seen.mean(0))
+        reader.spread.copy_(seen.std(0).clamp(min=1e-3))
     decoding = [p for name, p in vae.named_parameters() if name.startswith(vae.BEHIND_LATENTS)]
     encoding = [p for name, p in vae.named_parameters() if not name.startswith(vae.BEHIND_LATENTS)]
-    for p in encoding:
-        p.requires_grad_(args.encoder_lr > 0)  # at 0 the latents stay as they are, and with them every DiT trained on them
     adamw = lambda groups: torch.optim.AdamW(groups, lr=args.lr, betas=(0.8, 0.99), fused=True)
-    optimizer, optimizer_d = adamw([dict(params=decoding), dict(params=encoding)]), adamw(discriminators.parameters())
+    optimizer = adamw([dict(params=decoding), dict(params=encoding), dict(params=reader.parameters())])
+    optimizer_d = adamw(discriminators.parameters())
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
-    modules = dict(vae=vae, ema=ema, discriminators=discriminators, optimizer=optimizer, optimizer_d=optimizer_d)
-    state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={})
+    modules = dict(vae=vae, reader=reader, ema=ema, discriminators=discriminators, optimizer=optimizer, optimizer_d=optimizer_d)
+    state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={}, seconds=0)
     first, means = state["step"], Means(state["means"], device)
-    if args.encoder_lr == 0:  # the encoder that stays is the averaged one: the one that sampling knows
-        for p, averaged in zip(encoding, (q for name, q in ema.named_parameters() if not name.startswith(vae.BEHIND_LATENTS))):
-            p.data.copy_(averaged)
 
     # ---- the global batch, shared between ranks and micro-batches
     seconds = crops.frames * vae.config.hop / data.rate
     per_step = max(1, round(args.batch_seconds / seconds))
-    if per_step % world:
+    per_early_step = max(1, round(args.encoder_batch_seconds / seconds))
+    if per_step % world or early and per_early_step % world:
         raise InputError(f"--batch-seconds {args.batch_seconds} is {per_step} crops of {seconds} s, which {world} ranks cannot share evenly")
-    micro = math.gcd(per_step // world, args.micro_batch)
-    accumulate = per_step // world // micro
-    loader = iter(crop_loader(crops, first, args.steps, per_step, micro, rank, world, args.workers))
-    weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
+    numbers = CropNumbers(range(first, args.steps), per_step, early, per_early_step, args.micro_batch, rank, world)
+    loader = iter(torch.utils.data.DataLoader(crops, batch_sampler=numbers, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight, teacher=args.teacher_weight)
 
     if rank == 0:
         save_args(args)
         columns = ["step", "loss", *weights, "wave", "disc", "grad", "grad_d", "skipped", "lr", "seconds", "valid_mel", "valid_stft"]
         log = Log(args.out / "log.csv", columns, first)
+        micro = len(numbers.parts(args.steps)[0])
+        accumulate = per_step // world // micro
         count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M"
         print(f"{device}, {world} rank(s); VAE {count(vae)}, discriminators {count(discriminators)} parameters; {len(crops.clips)} clips, {data.meta['hours']} h; "
               f"a step is {per_step} crops of {seconds} s: {world} x {accumulate} x {micro}")  # fmt: skip
 
     # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    with autocast():
-        example = torch.zeros(micro, crops.frames * vae.config.hop, device=device)
-        noise = torch.zeros(micro, crops.frames, vae.config.latent_dim, device=device)
-        features = torch.zeros(micro, crops.features, ssl["dim"], device=device) if with_ssl else None
-        fast_vae = compiled(vae, args.compile, example, noise, features)
-        fast_d = compiled(discriminators, args.compile and device.type == "cuda", example)
     wrap = lambda m: DistributedDataParallel(m, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else m
-    fast_vae, ddp_d = wrap(fast_vae), wrap(fast_d)
     hold = lambda module, last: contextlib.nullcontext() if last or world == 1 else module.no_sync()  # ranks' gradients are summed once a step
+
+    def begin(step: int):
+        """The network that learns from this step on, and whether its encoder does."""
+        encoder_first, learns = step < early, step < early or not early and args.encoder_lr > 0
+        vae.decoder.requires_grad_(not encoder_first)
+        if vae.projectors and with_ssl:
+            vae.projectors.requires_grad_(encoder_first or not early)
+        for p in encoding:
+            p.requires_grad_(learns)  # else the latents stay as they are, and with them every DiT trained on them
+        if not learns:  # the encoder that stays is the averaged one: the one that sampling knows
+            for p, averaged in zip(encoding, (q for name, q in ema.named_parameters() if not name.startswith(vae.BEHIND_LATENTS))):
+                p.data.copy_(averaged)
+        crop_count = len(numbers.parts(step)[0])
+        example = torch.zeros(crop_count, crops.frames * vae.config.hop, device=device)
+        noise = torch.zeros(crop_count, crops.frames, vae.config.latent_dim, device=device)
+        features = torch.zeros(crop_count, crops.features, ssl["dim"], device=device) if with_ssl and (encoder_first or not early) else None
+        with autocast():
+            network = compiled(EncoderFirst(vae, reader) if encoder_first else vae, args.compile, example, noise, features)
+        return wrap(network), learns
+
+    with autocast():
+        example = torch.zeros(len(numbers.parts(args.steps)[0]), crops.frames * vae.config.hop, device=device)
+        ddp_d = wrap(compiled(discriminators, args.compile and device.type == "cuda", example))
+    fast_d = ddp_d.module if world > 1 else ddp_d
+    network, learns = begin(first)
 
     def forward(batch):
         with autocast():
-            return fast_vae(batch["wave"], batch["noise"], batch.get("ssl"))
+            return network(batch["wave"], batch["noise"], batch.get("ssl") if learns or not early else None)
 
-    start, clips = time.time(), data.split("valid")[: args.eval_clips]
-    heard_at = lambda step, part: [data.clips[crops.clip(step * per_step + rank * per_step // world + part * micro + i)]["id"] for i in range(micro)]
+    start, clips = time.time() - state["seconds"], data.split("valid")[: args.eval_clips]
+    heard_at = lambda step, part: [data.clips[crops.clip(k)]["id"] for k in numbers.parts(step)[part]]
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="vae")
     for step in bar:
-        rate = args.lr * args.lr_decay**step  # pure functions of the step: resuming needs no scheduler state
+        # ---- rates are pure functions of the step: resuming needs no scheduler state
+        encoder_first = step < early
+        if step == early and step > first:
+            network, learns = begin(step)
+        if encoder_first:
+            rate = args.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / early))
+        else:
+            rate = args.lr * args.lr_decay ** (step - early)
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = rate
-        optimizer.param_groups[1]["lr"] = rate * args.encoder_lr * min(1, (step + 1) / max(1, args.encoder_warmup))
-        adversarial = args.adv_weight > 0 and step >= args.adv_start
-        batches = [next(loader) for _ in range(accumulate)]
+        optimizer.param_groups[1]["lr"] = rate * (1 if encoder_first else args.encoder_lr)
+        adversarial = args.adv_weight > 0 and step >= args.adv_start and not encoder_first
+        batches = [next(loader) for _ in numbers.parts(step)]
+        accumulate = len(batches)
         if teacher:
             batches = [b | dict(ssl=listen(teacher, b, crops.features)) for b in batches]
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
@@ -586,12 +678,12 @@ def main(argv=None):
         discriminators.requires_grad_(False)
         parts = []
         for i, batch in enumerate(batches):
-            with hold(fast_vae, i == accumulate - 1):
+            with hold(network, i == accumulate - 1):
                 wave, (again, z, mean, logvar, aligned) = batch["wave"], outputs[0] if outputs else forward(batch)
-                losses = dict(mel=mel(again, wave))
+                losses = again if encoder_first else dict(mel=mel(again, wave))
                 if not vae.config.mel:
                     losses["kl"] = kl_loss(mean, logvar)
-                if with_ssl:
+                if aligned is not None:
                     losses["align"] = upward_alignment_loss(z, *aligned, batch["valid"]) if vae.config.align == "up" else alignment_loss(*aligned, batch["valid"])
                 if adversarial:
                     with autocast():
@@ -601,30 +693,32 @@ def main(argv=None):
                 loss = sum(weights[k] * v for k, v in losses.items())
                 (loss / accumulate).backward()
             parts.append(loss.detach())
-            means.add({**losses, "loss": loss, "wave": F.l1_loss(again.detach(), wave)})
+            means.add({**losses, "loss": loss} | ({} if encoder_first else {"wave": F.l1_loss(again.detach(), wave)}))
         discriminators.requires_grad_(True)
-        norm = nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
+        norm = nn.utils.clip_grad_norm_([*vae.parameters(), *reader.parameters()], args.clip)
         left_out = torch.maximum(guarded_step(optimizer, norm), left_out)
         means.add({"grad": norm, "skipped": left_out, "part": torch.stack(parts).isfinite().float().argmin()})  # the first micro-batch that is not finite
         update_ema(ema, vae, args.ema, step)
 
         # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
         done, last, stopped = step + 1, step + 1 == args.steps, stop.agreed()
-        logging, evaluating = done == 1 or done % args.log_every == 0 or last, done % args.eval_every == 0 or last
-        if device.type == "cuda" and rank == 0 and step == first:
+        turning = done == early  # what has gathered is of other terms than what will
+        logging = done == 1 or done % args.log_every == 0 or last or turning
+        evaluating = done % args.eval_every == 0 or last or turning
+        if device.type == "cuda" and rank == 0 and step in (first, early):
             tqdm.write(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, in every step: all batches are alike")
         if logging:
             means.report_skipped(done, heard_at)
             row = means.read(world)
         if evaluating and rank == 0:
-            scores = evaluate(ema, data, clips, mel, device, args.out / "samples", done)
+            scores = evaluate(ema, reader if encoder_first else None, data, clips, mel, device, args.out / "samples", done)
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
-            bar.set_postfix(loss=f"{loss.item():.3f}", audio=f"{per_step * seconds * (done - first) / (time.time() - start):.0f} s/s")
+            bar.set_postfix(loss=f"{loss.item():.3f}")
         if evaluating or stopped:
             gathered = means.state(world)
             if rank == 0:
-                save_run(args.out, done, ema, dict(data=data.meta["sources"], ssl=ssl), modules, gathered, args.keep)
+                save_run(args.out, done, ema, dict(data=data.meta["sources"], ssl=ssl), modules, gathered, args.keep, seconds=time.time() - start)
         if stopped:
             bar.close()
             raise SystemExit(stopped_at(args.out, done, stopped, rank))

@@ -203,7 +203,7 @@ def data(form: str, work: Path) -> dict:
     torch.set_num_threads(1)  # as in a loader's worker
     stored = Data(work / "data", ("audio", "ssl", "latents"))
     crops = train_vae.Crops(stored, VAEConfig(), 3, 0, stored.meta["ssl"])
-    loader, start = train_vae.crop_loader(crops, 0, 40, 16, 16, 0, 1, 0), time.perf_counter()
+    loader, start = torch.utils.data.DataLoader(crops, batch_sampler=train_vae.CropNumbers(range(40), 16, 0, 16, 16, 0, 1)), time.perf_counter()
     vae_rate = sum(len(b["wave"]) * 3 for b in loader) / (time.perf_counter() - start)
     examples = train_tts.Utterances(stored, "train", 120, 1, 0)
     start, frames = time.perf_counter(), 0
@@ -253,7 +253,7 @@ def demo_requests():
         prompt_text, text = (normalize_text(t, model.config.text) for t in (line.ref_text, line.text))
         wave = torch.from_numpy(read_audio(DEMO / "corpus" / line.ref, rate))[None].to(DEVICE)
         prompt = model.standardize(codec.encode(wave)[0])  # [1, P, D]
-        frames = sample.target_frames(prompt.shape[1], sample.Request(wave, prompt_text, text), rate / model.config.hop)
+        frames, _ = sample.plan(model, prompt.shape[1], sample.Request(wave, prompt_text, text))
         padded = torch.nn.functional.pad(prompt, (0, 0, 0, frames - prompt.shape[1]))
         lengths, given = torch.tensor([frames], device=DEVICE), torch.tensor([prompt.shape[1]], device=DEVICE)
         noise = torch.randn(1, frames, model.config.latent_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -45,13 +45,14 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
     optimizer = torch.optim.AdamW([dict(params=decoding), dict(params=encoding)], betas=(0.8, 0.99))
     optimizer_d, ema = torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99)), copy.deepcopy(vae)
     per_step = round(args.batch_seconds / (crops.frames * vae.config.hop / data.rate))
-    loader, rows = iter(train_vae.crop_loader(crops, 0, args.steps, per_step, per_step, 0, 1, 0)), []
+    numbers = train_vae.CropNumbers(range(args.steps), per_step, 0, per_step, per_step, 0, 1)
+    loader, rows = iter(torch.utils.data.DataLoader(crops, batch_sampler=numbers)), []
     convolve(vae)
     for step in range(args.steps):
         rate = args.lr * args.lr_decay**step
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = rate
-        optimizer.param_groups[1]["lr"] = rate * args.encoder_lr * min(1, (step + 1) / max(1, args.encoder_warmup))
+        optimizer.param_groups[1]["lr"] = rate * args.encoder_lr
         batch = {k: v.to(device) for k, v in next(loader).items()}
         fake, z, mean, logvar, aligned = vae(batch["wave"], batch["noise"], batch["ssl"])
         losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=alignment_loss(*aligned, batch["valid"]))

@@ -88,7 +88,7 @@ def test_dit(name):
     config = DiTConfig(
         latent_dim=info["latent_dim"], width=info["dim"], depth=info["depth"], heads=info["heads"], ff_mult=info["ff_mult"],
         text_symbols=info["text_num_embeds"], text_dim=info["text_dim"], text_layers=info["conv_layers"],
-        text_upsample=info["text_average_upsampling"])  # fmt: skip
+        text_place="even" if info["text_average_upsampling"] else "left")  # fmt: skip
     assert config.width // config.heads == info["dim_head"]
     dit = load(DiT(config), weights, computed=["inv_freq", "freqs_cis", "latent_mean", "latent_std"])
     lengths, text, time = torch.tensor(info["lens"]), expected["text"].long(), expected["time"]

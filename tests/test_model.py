@@ -8,7 +8,7 @@ import torch
 import torchaudio
 
 import plain
-from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, alignment_loss, fold_weight_norm, lowpass, sample, spread_evenly, upward_alignment_loss
+from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, alignment_loss, fold_weight_norm, lowpass, sample, text_index, upward_alignment_loss
 
 TINY_VAE = VAEConfig(encoder_dim=4, latent_dim=8, decoder_dim=64, resblock_kernels=(3,), ssl_dim=12)
 TINY_DIT = DiTConfig(latent_dim=8, width=64, depth=2, heads=2, text_dim=16, text_layers=1)
@@ -131,24 +131,26 @@ def test_a_learned_mix_of_layers_is_a_weighted_sum():
 def test_spread_evenly_gives_each_character_its_frames():
     """Each of n characters gets frames // n frames, the last frames % n one more."""
     for frames, n in [(10, 3), (12, 4), (7, 7), (5, 1), (9, 0), (13, 5)]:
-        text = torch.arange(1.0, 15)[None, :, None]  # character i has value i + 1; 14 frames in the batch
-        expected = [i + 1 for i in range(n) for _ in range(frames // n + (i >= n - frames % n))]
-        found = spread_evenly(text, torch.tensor([n]), torch.tensor([frames]))[0, :, 0].tolist()
+        expected = [i for i in range(n) for _ in range(frames // n + (i >= n - frames % n))]
+        found = text_index("even", None, torch.tensor([n]), torch.tensor([frames]), 14)[0].tolist()  # 14 frames in the batch
         assert found[: len(expected)] == expected and len(expected) == (frames if n else 0)
 
 
-@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("place", ["left", "even", "aligned"])
 @torch.no_grad()
-def test_a_batch_gives_each_utterance_what_it_gets_alone(upsample):
-    dit = build(DiT, DiTConfig(**{**vars(TINY_DIT), "text_upsample": upsample}))
+def test_a_batch_gives_each_utterance_what_it_gets_alone(place):
+    dit = build(DiT, DiTConfig(**{**vars(TINY_DIT), "text_place": place}))
     torch.manual_seed(1)
     lengths, prompts = torch.tensor([30, 17, 24]), torch.tensor([10, 5, 8])
     noise, prompt, text = torch.randn(3, 30, 8), torch.randn(3, 30, 8), torch.randint(0, 256, (3, 12))
     text[1, 7:] = -1
-    both = sample(dit, noise, prompt, prompts, text, lengths, steps=4)
+    starts = torch.linspace(0, 20, 12).expand(3, -1).clone()
+    starts[1] = starts[1] / 2
+    starts[1, 7:] = torch.inf
+    both = sample(dit, noise, prompt, prompts, text, lengths, steps=4, starts=starts)
     for i, n in enumerate(lengths.tolist()):
         one = slice(i, i + 1)
-        alone = sample(dit, noise[one, :n], prompt[one, :n], prompts[one], text[one], lengths[one], steps=4)
+        alone = sample(dit, noise[one, :n], prompt[one, :n], prompts[one], text[one], lengths[one], steps=4, starts=starts[one])
         assert (both[i, :n] - alone[0]).abs().max() < 1e-5
         assert torch.equal(alone[0, : prompts[i]], prompt[i, : prompts[i]])
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -26,19 +27,36 @@ import sample
 import train_tts
 import train_vae
 from evaluate import error_rates, normalize
-from model import DiT, InputError
-from sample import Request, check_prompt, join, split_text, synthesize, target_frames
+from model import DiT, DiTConfig, InputError
+from sample import Request, check_prompt, join, split_text, synthesize, plan
 
 
 # -------------------------------------------------------------------------------------------------- the parts
 
 
 def test_target_length_follows_the_prompts_rate():
+    """Without a duration predictor every byte lasts alike; with one, as it says."""
+    dit = DiT(DiTConfig(latent_dim=2, width=16, depth=1, heads=1, text_dim=4, text_layers=1))
     request = Request(np.zeros(1), "abcd", "efghijklmn")  # 5 bytes with the space between, then 10
-    assert target_frames(40, request, 40) == 40 + 80 and target_frames(40, request, 40, speed=2) == 40 + 40
-    assert target_frames(2, request, 40) == 5 + 10 + 1  # never fewer frames than symbols
-    assert target_frames(40, Request(np.zeros(1), "ab", "cd", seconds=1.5), 40) == 40 + 60
-    assert target_frames(40, Request(np.zeros(1), "é", "é"), 40) == 40 + 26  # bytes, not characters
+
+    def frames(prompt_frames, request, **speed):
+        return plan(dit, prompt_frames, request, **speed)[0]
+
+    assert frames(40, request) == 40 + 80 and frames(40, request, speed=2) == 40 + 40
+    assert frames(2, request) == 5 + 10 + 1  # never fewer frames than symbols
+    assert frames(40, Request(np.zeros(1), "ab", "cd", seconds=1.5)) == 40 + 60
+    assert frames(40, Request(np.zeros(1), "é", "é")) == 40 + 26  # bytes, not characters
+    assert torch.allclose(plan(dit, 40, request)[1], 8.0 * torch.arange(15))
+
+    class Durations(torch.nn.Module):  # vowels last twice as long
+        def forward(self, text):
+            return torch.tensor([[math.log(2) if chr(c) in "aeiou" else 0.0 for c in row] for row in text.tolist()])
+
+    dit.durations = Durations()
+    total, starts = plan(dit, 50, Request(np.zeros(1), "abcd", "efghijkl"))  # the prompt: 2 + 3, its space takes no time
+    assert total == 50 + 10 * (2 + 3 + 2 + 3) and starts[:5].tolist() == [0, 20, 30, 40, 50]
+    assert starts[5:].tolist() == [50, 70, 80, 90, 100, 120, 130, 140]
+    assert plan(dit, 50, Request(np.zeros(1), "abcd", "efghijkl"), speed=0.5)[0] == 50 + 200
 
 
 def test_check_prompt():

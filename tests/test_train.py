@@ -336,7 +336,7 @@ def test_compiled_dit_learns_from_every_length():
         results = []
         for objective in (eager, fast):
             eager.zero_grad()
-            loss, _ = objective(*batch)
+            loss, *_ = objective(*batch)
             loss.backward()
             results.append([loss.detach(), *(p.grad.clone() for p in eager.parameters() if p.grad is not None)])
         assert len(results[0]) == len(results[1]) and all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item()) for a, b in zip(*results))
@@ -374,7 +374,7 @@ def test_paper_presets_take_a_step(world, tmp_path):
     assert sum(p.numel() for p in Discriminators().parameters()) == sum(np.prod(s) for s in json.load(open(train_vae.Path(__file__).parent / "golden" / "losses.json"))["state_dict"].values())
     train_tts.main(TTS(world, tmp_path / "tts", preset="paper", batch_seconds=3, steps=2, eval_every=2, eval_sentences=1))
     dit = DiT.from_pretrained(tmp_path / "tts")
-    assert (dit.config.width, dit.config.depth, dit.config.heads, dit.config.text_dim, dit.config.text_upsample) == (768, 18, 12, 512, False)
+    assert (dit.config.width, dit.config.depth, dit.config.heads, dit.config.text_dim, dit.config.text_place) == (768, 18, 12, 512, "left")
 
 
 def test_bad_input(world, tmp_path, fails):
