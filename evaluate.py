@@ -143,7 +143,7 @@ class Recognizer:
             ids = self.model.generate(inputs.input_features, num_beams=5, **self.told)[0]
         else:
             ids = self.model(**inputs).logits[0].argmax(-1)
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return self.tokenizer.decode(ids, skip_special_tokens=self.whisper).strip()  # CTC: the blank keeps doubled letters apart
 
 
 class SpeakerModel:
@@ -521,7 +521,7 @@ def main(argv=None):
 
     # ---- this rank's utterances; a record is kept as soon as it is made, should this be interrupted
     made = read_json(args.generated / "settings.json") if args.generated and (args.generated / "settings.json").exists() else {}
-    how = "".join(f" {k}={made.get(k, '?')}" for k in ("tts", "seed", "steps", "cfg", "sway", "speed")) if args.generated else ""
+    how = "".join(f" {k}={made.get(k, '?')}" for k in ("tts", "seed", "steps", "cfg", "cfg_until", "sway", "speed")) if args.generated else ""
     signature = (f"list={args.list.name} asr={asr.identity} sim={sim.identity} normalizer=seed-tts-eval wer=utterance-mean"
                  f"{f' vae={rebuild[1]}' if rebuild else ''}{how}")  # fmt: skip
     newest = max((args.generated / line.wav).stat().st_mtime_ns for line in lines) if args.generated else 0

@@ -91,12 +91,12 @@ PRESETS = {
     "demo": dict(
         vae=dict(encoder_dim=10, latent_dim=32, decoder_dim=192, decoder_rates=(5, 5, 4, 4), decoder_kernels=(9, 9, 8, 8),
                  resblock_kernels=(7,)),
-        train_vae=dict(steps=4000, encoder_steps=1500, encoder_batch_seconds=28.8, batch_seconds=3.6, crop=1.2, micro_batch=24, lr=2e-3,
-                       lr_decay=0.9997, unit_latents=True, adv_start=3000, disc_width=0.125, ema=0.998, eval_every=250, eval_clips=8,
-                       log_every=50),
+        train_vae=dict(steps=7500, encoder_steps=2000, encoder_batch_seconds=28.8, batch_seconds=3.6, crop=1.2, micro_batch=24, lr=2e-3,
+                       lr_decay=0.9997, unit_latents=True, adv_start=6500, disc_width=0.125, ema=0.998, eval_every=250, eval_clips=8,
+                       log_every=50, compile=True),
         dit=dict(width=192, depth=6, heads=3, text_dim=96, text_place="aligned"),
-        train_tts=dict(steps=1500, lr=2e-3, warmup=100, join=2, batch_seconds=40, micro_seconds=80, ema=0.998, eval_every=250,
-                       eval_sentences=8, log_every=50),
+        train_tts=dict(steps=2000, lr=2e-3, warmup=100, join=2, batch_seconds=40, micro_seconds=80, ema=0.998, eval_every=250,
+                       eval_sentences=8, log_every=50, sample_steps=16, sample_cfg=3),
     ),
     "small": dict(
         vae=dict(encoder_dim=32, decoder_dim=512),
@@ -472,6 +472,7 @@ class SemanticVAE(Pretrained):
     """The speech VAE, with the alignment head beside it."""
 
     BEHIND_LATENTS = ("decoder.", "projectors.")  # the weights that no latent depends on
+    CONTEXT = 32  # latent frames on either side are more than any sample depends on, with the paper's kernels (tests/test_model.py)
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -504,9 +505,8 @@ class SemanticVAE(Pretrained):
         """Latents [B, N, D] → audio [B, samples], float32 within [-1, 1]; N · hop samples if not told."""
         return self.decoder(z.transpose(1, 2))[:, 0, :samples].float()  # [B, T]
 
-    def decode_in_pieces(self, z, piece: int = 400, context: int = 32):
-        """decode(z), `piece` frames at a time, so that memory does not grow with the length. `context` frames either side are
-        more than any sample depends on with the paper's kernels (tests/test_model.py)."""
+    def decode_in_pieces(self, z, piece: int = 400, context: int = CONTEXT):
+        """decode(z), `piece` frames at a time, so that memory does not grow with the length."""
         waves = []
         for start in range(0, z.shape[1], piece):
             left = min(start, context)
@@ -645,7 +645,7 @@ class TextEmbedding(nn.Module):
         x = (self.text_embed(text) + torch.cat([angle.cos(), angle.sin()], dim=-1)) * has_text[..., None]  # [B, N, D]
         for block in self.text_blocks:
             x = block(x, inside[..., None]) * has_text[..., None]
-        index = text_index(self.place, starts, has_text.sum(1), lengths, frames)  # [B, N]
+        index = text_index(self.place, starts, has_text.sum(1), lengths, frames).clamp(max=frames - 1)  # [B, N]
         return x.gather(1, index[..., None].expand_as(x)) * inside[..., None]
 
 
@@ -818,37 +818,42 @@ class DiT(Pretrained):
     def destandardize(self, x):
         return x * self.latent_std + self.latent_mean
 
-    def forward(self, x, prompt, text, t, lengths):
+    def forward(self, x, prompt, text, t, lengths, read: tuple[int, ...] = ()):
         """Velocity [B, N, D] at time t [B] of noised latents x, prompt latents (zero elsewhere), both [B, N, D], and
-        text [B, N, text_dim] from `text_embed`. lengths [B] in frames: what lies behind is ignored, and what comes out there means nothing."""
+        text [B, N, text_dim] from `text_embed`. lengths [B] in frames: what lies behind is ignored, and what comes out there means nothing.
+        Where blocks are to be read: a tuple of the velocity and of what comes out of each of these, [B, N, W]."""
         frame = torch.arange(x.shape[1], device=x.device)
         inside = frame < lengths[:, None]  # [B, N]
         angle = angles(frame, self.config.width // self.config.heads)  # [N, W/H/2]
         t = self.time_embed(t)  # [B, W]
         x = self.input_embed(x, prompt, text, inside[..., None])  # [B, N, W]
+        states = []
         for block in self.transformer_blocks:
             x = block(x, t, angle, inside[..., None])
+            states.append(x)
         scale, shift = self.norm_out(t)
-        return self.proj_out(modulate(x, shift, scale))  # [B, N, latent]
+        velocity = self.proj_out(modulate(x, shift, scale))  # [B, N, latent]
+        return (velocity, *(states[i] for i in read)) if read else velocity
 
 
 # --------------------------------------------------------------------------------------------------------------
 # Flow matching (arXiv 2210.02747), as text-guided speech infilling (Voicebox, arXiv 2306.15687).
 
 
-def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None):
+def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None, read=()):
     """‖v(x_t, t) − (x − noise)‖² over the span, x_t = (1 − t) · noise + t · x: at t = 0 noise, at t = 1 data, and between them the constant
     velocity of the straight path. Sum over the span's frames (mean over features), and the number of those frames.
 
     x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths [B];
     drop_* [B] bool where prompt or text is hidden, so that the network learns the velocity without them too; starts [B, L] where the
-    bytes begin, for aligned text. Returns two scalars, to be divided over the whole (global) batch."""
+    bytes begin, for aligned text. Returns two scalars, to be divided over the whole (global) batch, and the states of the blocks in `read`."""
     x_t = (1 - t)[:, None, None] * noise + t[:, None, None] * x
     prompt = x.masked_fill((span | drop_prompt[:, None])[..., None], 0)
     embedded = dit.text_embed(text, lengths, x.shape[1], drop_text, starts)
-    velocity = dit(x_t, prompt, embedded, t, lengths).float()
-    error = (velocity - (x - noise)).square().mean(-1)  # [B, N]
-    return (error * span).sum(), span.sum()
+    velocity = dit(x_t, prompt, embedded, t, lengths, read)
+    velocity, *states = velocity if read else (velocity,)
+    error = (velocity.float() - (x - noise)).square().mean(-1)  # [B, N]
+    return ((error * span).sum(), span.sum(), *states)
 
 
 # Few steps are best spent near the noise: these are places on a grid of 32 (EPSS, arXiv 2505.19931).
@@ -859,11 +864,11 @@ EPSS = {
 }
 
 
-def time_steps(steps: int, sway: float, device=None):
-    """The times 0 … 1 between which the flow is integrated, [steps + 1]. Sway (F5-TTS), t ← t + sway · (cos(πt/2) − 1 + t), makes steps
+def time_steps(steps: int, sway: float) -> list[float]:
+    """The times 0 … 1 between which the flow is integrated, steps + 1 of them. Sway (F5-TTS), t ← t + sway · (cos(πt/2) − 1 + t), makes steps
     smaller near the noise where it is negative: there it is decided what will be said where, and errors cost most."""
-    t = torch.tensor(EPSS[steps], device=device) / 32 if steps in EPSS else torch.linspace(0, 1, steps + 1, device=device)
-    return t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
+    even = [i / 32 for i in EPSS[steps]] if steps in EPSS else [i / steps for i in range(steps + 1)]
+    return [t + sway * (math.cos(math.pi / 2 * t) - 1 + t) for t in even]
 
 
 @torch.no_grad()
@@ -880,15 +885,16 @@ def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0,
     if cfg:  # one batch of two: with and without prompt and text
         without = dit.text_embed(text, lengths, noise.shape[1], ~nobody, starts)
         both = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([embedded, without])
-    t = time_steps(steps, sway, noise.device)
+    times = time_steps(steps, sway)
     x = noise
-    for now, after in zip(t[:-1], t[1:]):
+    for now, after in zip(times[:-1], times[1:]):
+        t = torch.full((len(x),), now, device=x.device)
         if cfg and now < cfg_until:
-            v = dit(torch.cat([x, x]), *both, now.expand(2 * len(x)), torch.cat([lengths, lengths]))
+            v = dit(torch.cat([x, x]), *both, torch.cat([t, t]), torch.cat([lengths, lengths]))
             v, without = v.float().chunk(2)
             v = v + cfg * (v - without)
         else:
-            v = dit(x, prompt, embedded, now.expand(len(x)), lengths).float()
+            v = dit(x, prompt, embedded, t, lengths).float()
         x = x + (after - now) * v
     return torch.where(given, prompt, x)
 

@@ -73,6 +73,12 @@ def start_ranks():
     return (dist.get_rank() if world > 1 else 0), world, device
 
 
+def has_bfloat16() -> bool:
+    """Whether matrix products are faster in bfloat16 than in float32: on GPUs, and on CPUs with instructions for it. Others would emulate it."""
+    able = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -404,7 +410,7 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
     write_atomic(out / "index.tsv", lambda p: p.write_text("id\tsplit\tspeaker\tsamples\ttext\n" + "".join(line(*c) for c in kept), encoding="utf-8"))
     write_atomic(out / "audio.bin", join)
     total = sum(c[5] for c in kept)
-    meta = dict(sample_rate=args.sample_rate, text=args.text, teacher=args.ssl, layer=args.layer, sources=[str(s) for s in args.source], clips=len(kept),
+    meta = dict(sample_rate=args.sample_rate, text=args.text, teacher=args.ssl, layer=args.layer, aligner=args.aligner, sources=[str(s) for s in args.source], clips=len(kept),
                 hours=round(total / args.sample_rate / 3600, 4), speakers=len({c[2] for c in kept}), audio=dict(shape=[total], dtype="int16", rate=args.sample_rate))  # fmt: skip
     write_json(out / "meta.json", meta)
 
@@ -596,7 +602,6 @@ class Aligner:
         self.blank = tokenizer.pad_token_id
         self.ids = {text: i for text, i in tokenizer.get_vocab().items() if len(text) == 1 and i != self.blank}
         self.ids[" "] = self.ids.get(getattr(tokenizer, "word_delimiter_token", None) or " ")
-        self.lacks = Counter()
 
     def symbol(self, character: str) -> int | None:
         """Its id in the model's alphabet, in whichever case that has it."""
@@ -606,9 +611,9 @@ class Aligner:
         """Logits [S, symbols] of a clip → the second at which each byte of its text begins [L]: halfway between the moments at which
         the model is surest of it and of the byte before. Characters that the model lacks stand evenly between their neighbours. All
         nan, if what is said is not this text."""
-        characters = [(position, self.symbol(c)) for position, c in byte_positions(text)]
-        self.lacks.update(c for (_, c), (_, symbol) in zip(byte_positions(text), characters) if symbol is None)
-        known = [(position, symbol) for position, symbol in characters if symbol is not None]
+        places = np.cumsum([0, *(len(c.encode()) for c in text)])  # of each character's first byte
+        symbols = [(place, self.symbol(c)) for place, c in zip(places.tolist(), text)]
+        known = [(place, symbol) for place, symbol in symbols if symbol is not None]
         targets = torch.tensor([[symbol for _, symbol in known]], dtype=torch.int32)
         length = len(text.encode())
         repeats = (targets[0, 1:] == targets[0, :-1]).sum().item()
@@ -619,14 +624,8 @@ class Aligner:
         if np.mean([span.score for span in spans]) < self.WORST:
             return torch.full((length,), math.nan)
         moments = [(span.start + span.end) / 2 / len(logits) * seconds for span in spans]
-        peaks = np.interp(range(length), [-1, *(position for position, _ in known), length], [0, *moments, seconds])
+        peaks = np.interp(range(length), [-1, *(place for place, _ in known), length], [0, *moments, seconds])
         return torch.from_numpy(np.concatenate([[0], (peaks[1:] + peaks[:-1]) / 2])).float()
-
-
-def byte_positions(text: str) -> list[tuple[int, str]]:
-    """Each character with the place of its first byte."""
-    places = np.cumsum([0, *(len(c.encode()) for c in text)])
-    return list(zip(places.tolist(), text))
 
 
 def fill_starts(args, rank: int, world: int, device) -> None:
@@ -650,9 +649,10 @@ def fill_starts(args, rank: int, world: int, device) -> None:
         lost = [data.clips[i]["id"] for i in range(len(data.clips)) if np.isnan(array[offsets[i]])]
         write_atomic(args.out / "unaligned.tsv", lambda p: p.write_text("".join(f"{name}\n" for name in lost), encoding="utf-8"))
         finish(args.out, "starts", array, entry | dict(unaligned=len(lost)))
-        if aligner.lacks:
-            lacks = ", ".join(f"{c!r} {count} times" for c, count in aligner.lacks.most_common(20))
-            print(f"{args.aligner} lacks, and the rest of the text places: {lacks}")
+        lacks = Counter(c for clip in data.clips for c in clip["text"] if aligner.symbol(c) is None)
+        if lacks:
+            counts = ", ".join(f"{c!r} {count} times" for c, count in lacks.most_common(20))
+            print(f"{args.aligner} lacks {counts}: placed between their neighbours")
         print(f"{len(lost)} of {len(data.clips)} clips cannot be aligned (listed in {args.out / 'unaligned.tsv'}): train_tts.py --text-place aligned leaves them out")
 
 
@@ -741,6 +741,7 @@ def main(argv=None):
         meta = read_json(out / "meta.json")
         begun = meta.get("ssl") or dict(model=meta["teacher"], layer=meta.get("layer"))
         args.ssl, args.layer = begun["model"], begun["layer"] if args.layer is None else args.layer
+    args.aligner = args.aligner or read_json(out / "meta.json").get("aligner")
     if args.ssl != "none":
         args.layer = -1 if args.layer is None else args.layer
         fill_ssl(args, rank, world, device)

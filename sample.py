@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates, find_audio, read_list
 from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, read_json, sample, write_json
-from prepare import DEMO, barrier, cli, lock, normalize_text, read_audio, revision, start_ranks, write_wave
+from prepare import DEMO, barrier, cli, has_bfloat16, lock, normalize_text, read_audio, revision, start_ranks, write_wave
 
 
 @dataclass
@@ -47,6 +47,8 @@ def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> 
 
     Bytes weigh as long as the DiT's duration predictor says, or all alike where it has none. The prompt's weights fill its frames, and
     the target goes on at that rate. Never fewer frames than symbols."""
+    if not request.prompt_text or not request.text:
+        raise InputError(f"nothing to say: {'the text' if request.prompt_text else 'the transcript of the prompt'} is empty")
     prompt, target = to_bytes(request.prompt_text + " "), to_bytes(request.text)
     text = torch.cat([prompt, target])
     durations = torch.ones(len(text), dtype=torch.float64)
@@ -79,7 +81,8 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
 
 
 @torch.no_grad()
-def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8, cfg_until=1.0) -> list[np.ndarray]:
+def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8, cfg_until=1.0,
+               bf16=False) -> list[np.ndarray]:  # fmt: skip
     """float32 audio of each request's text alone, in order. What one gets does not depend on its batch: noise is drawn on
     the CPU from (seed, text), so a seed gives the same clip anywhere. Non-finite or silent output is an InputError."""
     device, config = dit.latent_mean.device, dit.config
@@ -94,11 +97,13 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
         noise, text = pad([draw(i) for i in batch]), pad([to_bytes(f"{requests[i].prompt_text} {requests[i].text}") for i in batch], -1)
         prompt = pad([torch.nn.functional.pad(prompts[i], (0, 0, 0, totals[i] - len(prompts[i]))) for i in batch])
         lengths, prompt_lengths = (torch.tensor(v, device=device) for v in ([totals[i] for i in batch], [len(prompts[i]) for i in batch]))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x = sample(dit, noise, prompt, prompt_lengths, text, lengths, steps, cfg, sway, pad([plans[i][1] for i in batch], math.inf), cfg_until)
         z = dit.destandardize(x)
         for row, i in enumerate(batch):
-            wave = vae.decode_in_pieces(z[row : row + 1, : totals[i]])[0, len(prompts[i]) * config.hop :].cpu().numpy()
+            first = max(0, len(prompts[i]) - vae.CONTEXT)  # of the prompt, only what the target's samples depend on is decoded
+            wave = vae.decode_in_pieces(z[row : row + 1, first : totals[i]])[0].cpu().numpy()
+            wave = wave[(len(prompts[i]) - first) * config.hop :]
             if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
                 raise InputError(f"the model made {'silence' if np.isfinite(wave).all() else 'non-finite audio'} of {requests[i].text!r}: nothing written; try another --seed, or train longer")
             waves[i] = wave
@@ -183,7 +188,7 @@ def say(args, dit, vae, device) -> None:
     requests = [Request(wave, ref_text, piece, args.duration) for piece in pieces]
     start, takes = time.time(), []
     for take in range(args.takes):
-        said = join(synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed + take, args.batch_size, args.cfg_until), rate)
+        said = join(synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed + take, args.batch_size, args.cfg_until, args.bf16), rate)
         error = error_rates([text], [asr(said, rate)])["cer"] if args.takes > 1 else 0
         takes.append((error, take, said))
         if args.takes > 1:
@@ -200,7 +205,7 @@ def say(args, dit, vae, device) -> None:
 def say_list(args, dit, vae, notes, rank, world) -> None:
     """Every line of a list in LibriSpeech-PC's six columns; wavs that are there already are kept."""
     rate, lines, root = dit.config.sample_rate, read_list(args.list)[: args.limit], args.ref_dir or args.list.parent
-    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, sway=args.sway, speed=args.speed, tts=notes["tts_name"], vae=notes["vae_name"])
+    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, cfg_until=args.cfg_until, sway=args.sway, speed=args.speed, bf16=args.bf16, tts=notes["tts_name"], vae=notes["vae_name"])
     stamp = args.out / "settings.json"
     if stamp.exists() and (found := read_json(stamp)) != settings:
         raise InputError(f"{args.out} was made with other settings ({found}): choose another --out")
@@ -222,7 +227,7 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
             text, wave = normalize_text(line.ref_text, dit.config.text), read_audio(prompts[line.ref], rate)
             check_prompt(wave, text, rate, dit.config.max_seconds)  # but used whole: the protocol's lengths are those of whole prompts
             requests.append(Request(wave, text, normalize_text(line.text, dit.config.text)))
-        for line, wave in zip(batch, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size, args.cfg_until)):
+        for line, wave in zip(batch, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size, args.cfg_until, args.bf16)):
             write_wave(args.out / line.wav, wave, rate)
             seconds += len(wave) / rate
     if rank == 0 and seconds:
@@ -241,8 +246,8 @@ def parse_args(argv=None):
     parser.add_argument("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
     parser.add_argument("--limit", type=int, help="only the first so many lines of the list")
     parser.add_argument("--dry-run", action="store_true", help="with --list: only look whether every prompt is there")
-    parser.add_argument("--steps", type=int, default=32, help="Euler steps (default %(default)s)")
-    parser.add_argument("--cfg", type=float, default=2, help="guidance strength (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="Euler steps (default: the model's, the paper's 32)")
+    parser.add_argument("--cfg", type=float, help="guidance strength (default: the model's, the paper's 2)")
     parser.add_argument("--cfg-until", type=float, default=1, help="guide only at times before this one, of 0 (noise) to 1: less work (default %(default)s)")
     parser.add_argument("--sway", type=float, default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")
     parser.add_argument("--speed", type=float, default=1, help="relative to the prompt's rate of speech (default %(default)s)")
@@ -250,19 +255,19 @@ def parse_args(argv=None):
     parser.add_argument("--takes", type=int, default=1, help="make several and keep the one --asr understands best (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for --takes and for prompts without transcript: hub id or folder (default: the demo's)")
     parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=has_bfloat16(), help="matrix products of the DiT in bfloat16 (default: on GPUs and CPUs that are faster so)")
     parser.add_argument("--batch-size", type=int, default=8, help="utterances at once (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/samples" if args.list else "sample.wav")
     if not 0.3 <= args.speed <= 3:
         raise InputError(f"--speed {args.speed} is outside 0.3 to 3")
-    if min(args.steps, args.takes, args.batch_size) < 1:
+    if min(args.takes, args.batch_size) < 1 or args.steps is not None and args.steps < 1:
         raise InputError("--steps, --takes and --batch-size must be at least 1")
     if args.ref_text and not args.ref:
         raise InputError("--ref-text says what a recording says: name it with --ref")
     if not args.list and not args.ref:
-        lines = read_list(DEMO / "corpus" / "test.lst")
-        demo = lines[len(lines) // 2]  # voice 14, the clearest of those held out
+        demo = max(read_list(DEMO / "corpus" / "test.lst"), key=lambda line: line.ref_seconds)  # a voice held out from all training
         args.ref, args.ref_text, args.text = DEMO / "corpus" / demo.ref, demo.ref_text, args.text or demo.text
     if not args.list and not args.text:
         raise InputError("nothing to say: give --text")
@@ -272,9 +277,12 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
-    if rank == 0:
-        print(f"device {device}, {'bfloat16' if device.type == 'cuda' else 'float32'}, seed {args.seed}, {args.steps} steps, guidance {args.cfg}")
     dit, vae, notes = load(args.tts, args.vae, device)
+    usual = dict(steps=32, cfg=2) | notes.get("sampling", {})
+    args.steps = usual["steps"] if args.steps is None else args.steps
+    args.cfg = usual["cfg"] if args.cfg is None else args.cfg
+    if rank == 0:
+        print(f"device {device}, {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed}, {args.steps} steps, guidance {args.cfg}")
     if args.list:
         say_list(args, dit, vae, notes, rank, world)
     elif rank == 0:

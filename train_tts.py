@@ -1,6 +1,6 @@
 """Stage 2: train the DiT on the latents of a prepared data folder.
 
-    python train_tts.py                                                    # the demo: minutes on two CPU cores
+    python train_tts.py                                                    # the demo, on two CPU cores
     python train_tts.py --preset paper --data data/libritts --out runs/tts-libritts --asr openai/whisper-base.en
     torchrun --nproc_per_node 8 train_tts.py --preset paper --data ...     # the same training on 8 GPUs
     python train_tts.py --resume --out runs/tts                            # go on exactly where it stopped
@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
-from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, duration_loss, flow_matching_loss
-from prepare import DEMO, Data, cli, lock, start_ranks, write_wave
+from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, at_rate, conv_head, duration_loss, flow_matching_loss
+from prepare import DEMO, Data, cli, has_bfloat16, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
 from train_vae import Log, Means, Stop, compiled, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
 
@@ -91,17 +92,25 @@ class Utterances(torch.utils.data.Dataset):
         for i in run if self.aligned else ():  # the space between two clips takes no time: it starts where the next clip does
             starts += [torch.tensor([float(before)])] * (before > 0) + [before + float(self.rate) * self.data.get("starts", i)]
             before += int(self.frames[i])
-        return dict(x=(z - self.mean) / self.std, noise=normal(), starts=torch.cat(starts) if starts else None, t=torch.tensor(rng.uniform(), dtype=torch.float32),
+        features = None
+        if "ssl" in self.data.arrays:  # at the latents' rate [N, ssl_dim]
+            features = torch.cat([at_rate(self.data.get("ssl", i)[None], int(self.frames[i]))[0] for i in run])
+        return dict(x=(z - self.mean) / self.std, noise=normal(), starts=torch.cat(starts) if starts else None, features=features, t=torch.tensor(rng.uniform(), dtype=torch.float32),
                     span=(frame >= start) & (frame < start + length), text=to_bytes(" ".join(self.data.clips[i]["text"] for i in run)),
                     length=torch.tensor(n), drop_prompt=torch.tensor(drop_both or rng.uniform() < 0.3), drop_text=torch.tensor(drop_both))  # fmt: skip
 
 
 def collate(items: list[dict]) -> list[torch.Tensor]:
-    """Pad to the longest, in the order of flow_matching_loss's arguments."""
+    """Pad to the longest, in the order of the objective's arguments; None for what the training does not need."""
     pad = lambda name, value: nn.utils.rnn.pad_sequence([i[name] for i in items], batch_first=True, padding_value=value)
     stack = lambda name: torch.stack([i[name] for i in items])
-    aligned = [] if items[0]["starts"] is None else [pad("starts", math.inf)]
-    return [pad("x", 0), pad("noise", 0), stack("t"), pad("span", False), pad("text", -1), stack("length"), stack("drop_prompt"), stack("drop_text"), *aligned]
+    starts = None if items[0]["starts"] is None else pad("starts", math.inf)
+    features = None if items[0]["features"] is None else pad("features", 0)
+    return [pad("x", 0), pad("noise", 0), stack("t"), pad("span", False), pad("text", -1), stack("length"), stack("drop_prompt"), stack("drop_text"), starts, features]
+
+
+def moved(batch: list, device) -> list:
+    return [v if v is None else v.to(device, non_blocking=True) for v in batch]
 
 
 class MicroBatches:
@@ -133,21 +142,46 @@ class MicroBatches:
                 yield [(step, run) for run in part]
 
 
+class HiddenAlignment(nn.Module):
+    """A-DMA (arXiv 2505.19595): heads on the DiT's hidden states, in training alone. What comes out of the 8th of 18 blocks shall tell the text
+    (CTC, weight 0.1), of the 12th the SSL features (1 − cosine, weight 1); other depths in proportion."""
+
+    def __init__(self, dit: DiTConfig, ssl_dim: int, hidden: int = 2048):
+        super().__init__()
+        self.blocks = tuple(round(dit.depth * i / 18) - 1 for i in (8, 12))
+        self.text_head = conv_head(dit.width, hidden, dit.text_symbols + 1)
+        self.ssl_head = conv_head(dit.width, hidden, ssl_dim)
+
+    def forward(self, low, high, text, lengths, features):
+        """States [B, N, W] of the two blocks, text [B, L], lengths [B], features [B, N, ssl_dim] → the weighted sum of both losses [B]."""
+        symbols = self.text_head(low.mT).float().log_softmax(1).permute(2, 0, 1)  # [N, B, symbols]
+        count = (text >= 0).sum(1)
+        ctc = F.ctc_loss(symbols, text.clamp(min=0) + 1, lengths, count, reduction="none", zero_infinity=True) / count
+        cosine = F.cosine_similarity(self.ssl_head(high.mT).mT.float(), features, dim=-1)  # [B, N]
+        inside = torch.arange(cosine.shape[1], device=cosine.device) < lengths[:, None]
+        return 0.1 * ctc + 1 - (cosine * inside).sum(1) / lengths
+
+
 class Objective(nn.Module):
     """The losses as a module, for DistributedDataParallel and torch.compile."""
 
-    def __init__(self, dit: DiT):
+    def __init__(self, dit: DiT, hidden: HiddenAlignment | None = None):
         super().__init__()
         self.dit = dit
+        self.hidden = hidden
 
-    def forward(self, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None):
-        """Sums of the flow-matching and of the duration predictor's error, both over the span's frames, and the number of those. Utterances weigh
-        by their frames in both, so that ranks and micro-batches change nothing."""
-        error, frames = flow_matching_loss(self.dit, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts)
-        if starts is None:
-            return error, torch.zeros_like(error), frames
-        durations = duration_loss(self.dit.durations(text), text, starts, lengths)  # [B]
-        return error, (durations * span.sum(1)).sum(), frames
+    def forward(self, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None, features=None):
+        """Sums over the span's frames of the losses [3] (flow matching, durations, hidden alignment), and the number of those frames. Utterances
+        weigh by their frames in all of them, so that ranks and micro-batches change nothing."""
+        read = self.hidden.blocks if self.hidden else ()
+        error, frames, *states = flow_matching_loss(self.dit, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts, read)
+        durations = hidden = torch.zeros(len(x), device=x.device)
+        if starts is not None:
+            durations = duration_loss(self.dit.durations(text), text, starts, lengths)  # [B]
+        if self.hidden:
+            hidden = self.hidden(*states, text, lengths, features)  # [B]
+        share = span.sum(1)  # [B]
+        return torch.stack([error, (durations * share).sum(), (hidden * share).sum()]), frames
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -160,9 +194,9 @@ def validate(dit: DiT, examples: Utterances, device, clips: int = 32) -> float:
     keys = [(-1, run) for run in examples.examples(np.random.default_rng(0))[:clips]]
     total = count = 0.0
     for i, key in enumerate(keys):
-        x, noise, t, span, text, length, _, _, *starts = (v.to(device) for v in collate([examples[key]]))
+        x, noise, t, span, text, length, _, _, starts, _ = moved(collate([examples[key]]), device)
         keep = torch.zeros(1, dtype=torch.bool, device=device)
-        error, frames = flow_matching_loss(dit, x, noise, torch.full_like(t, (i + 0.5) / len(keys)), span, text, length, keep, keep, *starts)
+        error, frames = flow_matching_loss(dit, x, noise, torch.full_like(t, (i + 0.5) / len(keys)), span, text, length, keep, keep, starts)
         total, count = total + error.item(), count + frames.item()
     return total / count
 
@@ -185,6 +219,7 @@ def parse_args(argv=None):
     parser.add_argument("--init", help="start from the weights of this DiT (folder or hub id), to fine-tune it, or to learn the latents of another VAE")
     parser.add_argument("--vae", help="where the latents' VAE is now, if not where it was when they were made")
     parser.add_argument("--text-place", choices=["left", "even", "aligned"], help="where the text stands among the frames: at the left (F5-TTS, the paper), spread evenly (ZipVoice), or where it is said, which needs prepare.py --aligner (default: the preset's)")
+    parser.add_argument("--align-hidden", action=argparse.BooleanOptionalAction, default=False, help="align the DiT's hidden states with text and SSL features while it trains (A-DMA)")
     parser.add_argument("--join", type=int, default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
     parser.add_argument("--batch-seconds", type=float, default=3240, help="audio in one update, over all ranks (default %(default)s: 0.9 h)")
     parser.add_argument("--micro-seconds", type=float, default=405, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
@@ -192,10 +227,12 @@ def parse_args(argv=None):
     parser.add_argument("--warmup", type=int, default=20_000, help="steps to the peak; then linear decay to 0 at --steps (default %(default)s)")
     parser.add_argument("--clip", type=float, default=1, help="largest gradient norm (default %(default)s)")
     parser.add_argument("--eval-sentences", type=int, default=4, help="fixed sentences to synthesise (default %(default)s)")
+    parser.add_argument("--sample-steps", type=int, default=32, help="Euler steps for them, and sample.py's default for this model (default %(default)s)")
+    parser.add_argument("--sample-cfg", type=float, default=2, help="guidance for them, and sample.py's default for this model (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for their error rate: hub id or folder; \"none\" for none (default: the demo's)")
     parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
-    return read_args(parser, "train_tts", argv)
+    return read_args(parser, "train_tts", argv, has_bfloat16())
 
 
 def main(argv=None):
@@ -206,7 +243,7 @@ def main(argv=None):
     place = dit.config.text_place if dit else args.text_place or PRESETS[args.preset]["dit"].get("text_place", "left")
     if args.text_place not in (None, place):
         raise InputError(f"{args.init} has its text placed {place}, not {args.text_place}: drop --text-place")
-    data = Data(args.data, ("audio", "latents") + ("starts",) * (place == "aligned"))
+    data = Data(args.data, ("audio", "latents") + ("starts",) * (place == "aligned") + ("ssl",) * args.align_hidden)
     latents = data.meta["latents"]
     torch.manual_seed(args.seed)
 
@@ -238,20 +275,23 @@ def main(argv=None):
         dit = DiT(DiTConfig(**settings))
     dit.latent_mean.copy_(train.mean), dit.latent_std.copy_(train.std)
     dit.to(device)
-    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.lr, fused=True)
+    hidden = HiddenAlignment(dit.config, data.meta["ssl"]["dim"]).to(device) if args.align_hidden else None
+    learning = [*dit.parameters(), *(hidden.parameters() if hidden else ())]
+    optimizer = torch.optim.AdamW(learning, lr=args.lr, fused=True)
     ema = copy.deepcopy(dit).eval().requires_grad_(False)
-    modules = dict(dit=dit, ema=ema, optimizer=optimizer)
-    state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={}, seconds=0)
+    modules = dict(dit=dit, ema=ema, optimizer=optimizer) | (dict(hidden=hidden) if hidden else {})
+    state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={}, seconds=0, intelligible=0)
     first, means = state["step"], Means(state["means"], device)
 
     micro = MicroBatches(train, first, args.steps, args.micro_seconds, rank, world)
     loader = iter(torch.utils.data.DataLoader(train, batch_sampler=micro, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"))
     asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
     requests = fixed_requests(data, args.eval_sentences)
-    notes = dict(vae=os.path.relpath(vae_folder, args.out) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"])
+    notes = dict(vae=os.path.relpath(vae_folder, args.out) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"],
+                 sampling=dict(steps=args.sample_steps, cfg=args.sample_cfg))  # fmt: skip
     if rank == 0:
         save_args(args)
-        log = Log(args.out / "log.csv", ["step", "loss", "durations", "grad", "skipped", "lr", "seconds", "valid_loss", "cer", "wer"], first)
+        log = Log(args.out / "log.csv", ["step", "loss", "durations", "hidden", "grad", "skipped", "lr", "seconds", "valid_loss", "cer", "wer", "intelligible"], first)
         print(f"{device}, {world} rank(s); DiT {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters; {len(train.clips)} clips, {data.meta['hours']} h; "
               f"about {args.batch_seconds} s a step, {train.groups} steps an epoch; padding {micro.padding():.1%} of what is computed")  # fmt: skip
         examples = [train[(0, run)]["x"] for run in train.step(0)[:64]]
@@ -263,8 +303,8 @@ def main(argv=None):
     # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     with autocast():
-        example = [v.to(device) for v in collate([train[(0, run)] for run in train.step(0)[:2]])]
-        objective = compiled(Objective(dit), args.compile, *example, dynamic=True)
+        example = moved(collate([train[(0, run)] for run in train.step(0)[:2]]), device)
+        objective = compiled(Objective(dit, hidden), args.compile, *example, dynamic=True)
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -273,34 +313,34 @@ def main(argv=None):
     with autocast():
         largest = max((part for step in range(first, min(first + 50, args.steps)) for part in micro.parts(step)), key=padded, default=[])
         if largest:
-            objective(*[v.to(device) for v in collate([train[(0, run)] for run in largest])])[0].backward()
+            objective(*moved(collate([train[(0, run)] for run in largest]), device))[0].sum().backward()
     optimizer.zero_grad()
 
     heard_at = lambda step, part: [data.clips[i]["id"] for run in micro.parts(step)[part] for i in run]
-    start, began, intelligible = time.time() - state["seconds"], time.time(), False
+    start, began, intelligible = time.time() - state["seconds"], time.time(), state["intelligible"]
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="tts")
     for step in bar:
         warm, decay = (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.steps - args.warmup)
         rate = args.lr * min(warm, decay)  # a pure function of the step
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batches = [[v.to(device, non_blocking=True) for v in next(loader)] for _ in micro.parts(step)]
+        batches = [moved(next(loader), device) for _ in micro.parts(step)]
         frames = sum(span.sum() for _, _, _, span, *_ in batches)
-        terms = torch.zeros(2, device=device)
+        terms = torch.zeros(3, device=device)
         if world > 1:  # the mean runs over the span frames of the whole global batch
             dist.all_reduce(frames)
         parts = []
         for i, batch in enumerate(batches):
             with objective.no_sync() if world > 1 and i < len(batches) - 1 else contextlib.nullcontext():
                 with autocast():
-                    errors = torch.stack(objective(*batch)[:2])
+                    errors, _ = objective(*batch)
                 losses = errors * world / frames  # DDP averages over ranks: undo that
                 losses.sum().backward()
             parts.append(losses.detach().sum())
             terms += losses.detach()
         total = terms[0]
-        norm = nn.utils.clip_grad_norm_(dit.parameters(), args.clip)
-        means.add({"loss": total, "durations": terms[1], "grad": norm, "skipped": guarded_step(optimizer, norm), "part": torch.stack(parts).isfinite().float().argmin()})  # the first micro-batch that is not finite
+        norm = nn.utils.clip_grad_norm_(learning, args.clip)
+        means.add({"loss": total, "durations": terms[1], "hidden": terms[2], "grad": norm, "skipped": guarded_step(optimizer, norm), "part": torch.stack(parts).isfinite().float().argmin()})  # the first micro-batch that is not finite
         update_ema(ema, dit, args.ema, step)
 
         # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
@@ -314,7 +354,7 @@ def main(argv=None):
         if evaluating and rank == 0:
             scores = dict(valid_loss=validate(ema, valid, device))
             try:
-                waves = synthesize(ema, vae, requests, seed=args.seed) if step > 0 else []
+                waves = synthesize(ema, vae, requests, args.sample_steps, args.sample_cfg, seed=args.seed, bf16=args.bf16) if step > 0 else []
             except InputError as e:  # what it says yet may be nothing
                 tqdm.write(f"step {done}: no samples: {e}")
                 waves = []
@@ -322,6 +362,11 @@ def main(argv=None):
                 write_wave(args.out / "samples" / f"{n}_step{done:07d}.wav", wave, data.rate)
             if asr and waves:
                 scores |= error_rates([r.text for r in requests], [asr(w, data.rate) for w in waves])
+                if scores["wer"] < 0.3 and not intelligible:
+                    intelligible = (time.time() - start) / 60
+                    tqdm.write(f"intelligible: the fixed sentences have fewer than 30 % word errors after {intelligible:.1f} minutes of training")
+            if intelligible:
+                scores["intelligible"] = round(intelligible, 1)
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
             pace = (done - first) / (time.time() - began)  # steps a second, evaluations included
@@ -329,7 +374,7 @@ def main(argv=None):
         if evaluating and (step > 0 or last) or stopped:
             gathered = means.state(world)
             if rank == 0:
-                save_run(args.out, done, ema, notes, modules, gathered, args.keep, seconds=time.time() - start)
+                save_run(args.out, done, ema, notes, modules, gathered, args.keep, seconds=time.time() - start, intelligible=intelligible)
         if stopped:
             bar.close()
             raise SystemExit(stopped_at(args.out, done, stopped, rank))

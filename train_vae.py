@@ -1,6 +1,6 @@
 """Stage 1: train the Semantic-VAE on a prepared data folder.
 
-    python train_vae.py                                                    # the demo: minutes on two CPU cores
+    python train_vae.py                                                    # the demo, on two CPU cores
     python train_vae.py --preset paper --data data/libritts --out runs/vae-libritts
     torchrun --nproc_per_node 8 train_vae.py --preset paper --data ...     # the same training on 8 GPUs
     python train_vae.py --resume --out runs/vae                            # go on exactly where it stopped
@@ -287,7 +287,7 @@ class CropNumbers:
 # The run: what both training scripts need around their loops.
 
 
-def read_args(parser: argparse.ArgumentParser, kind: str, argv=None) -> argparse.Namespace:
+def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> argparse.Namespace:
     """The flags, with those that both trainings share. Below them what --resume finds in the run folder, or else the preset's settings."""
     parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="the network's size, and settings in place of the defaults shown here, which are the paper's (default %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
@@ -297,7 +297,7 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv=None) -> argparse
     parser.add_argument("--keep", type=int, default=0, help="also keep the averaged weights of so many evaluations, as OUT/step0005000 (default %(default)s)")
     parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
     parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="matrix products in bfloat16 (default: on a GPU)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="matrix products in bfloat16 (default: where that is faster, here %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     known, _ = parser.parse_known_args(argv)
     saved = known.out / "args.json"
@@ -322,7 +322,7 @@ def load_state(path: Path, modules: dict) -> dict:
         state = load_torch(path)
         for name, module in modules.items():
             module.load_state_dict(state[name])
-        return dict(step=int(state["step"]), means=state.get("means", {}), seconds=float(state.get("seconds", 0)))
+        return dict(step=int(state["step"]), means=state.get("means", {}), seconds=float(state.get("seconds", 0)), intelligible=float(state.get("intelligible", 0)))
     except Exception as e:  # torch raises many kinds for names, shapes and types that do not fit
         raise InputError(f"cannot resume from {path}: {str(e).splitlines()[0]}; choose another --out to begin anew") from e
 
@@ -411,7 +411,7 @@ def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
         return module
     try:
         fast = torch.compile(module, dynamic=dynamic)
-        torch.autograd.backward([y.sum() for y in tree_leaves(fast(*example)) if y.requires_grad])
+        torch.autograd.backward([y.sum() for y in tree_leaves(fast(*example)) if torch.is_tensor(y) and y.requires_grad])
         return fast
     except torch.OutOfMemoryError:
         raise
@@ -463,12 +463,24 @@ def guarded_step(optimizer: torch.optim.AdamW, norm: torch.Tensor) -> torch.Tens
 
 @torch.no_grad()
 def unit_latents(vae: SemanticVAE, waves: torch.Tensor, noise: float = 0.2) -> None:
-    """Data-dependent initialisation (after arXiv 1602.07868): over `waves` [B, T] the posterior's mean gets zero mean and
-    unit variance a channel, its standard deviation becomes about `noise`.
+    """Data-dependent initialisation (LSUV, arXiv 1511.06422): over `waves` [B, T] every convolution of the encoder gives unit variance, its bias 0;
+    the posterior's mean has zero mean and unit variance a channel, its standard deviation is about `noise`.
 
-    PyTorch's default initialisation gives means that hardly vary (0.08) under noise of 1, and thousands of steps pass before
-    the decoder hears anything through them. Long runs can afford that; the demo's few hundred steps cannot."""
+    PyTorch's default makes speech smaller from layer to layer, until it drowns in the biases, and the means hardly vary under noise of 1:
+    hundreds of steps pass before anything is heard through the latents. Long runs can afford that; a run of minutes cannot."""
+
+    def unit_variance(conv, inputs, output):
+        size = output.std()
+        conv.parametrizations.weight.original0 /= size
+        return output / size
+
+    convs = [layer for layer in vae.encoder.modules() if isinstance(layer, nn.Conv1d)]
+    for conv in convs:
+        nn.init.zeros_(conv.bias)
+    hooks = [conv.register_forward_hook(unit_variance) for conv in convs]
     mean, _ = vae.encode(waves)
+    for hook in hooks:
+        hook.remove()
     centre, scale = mean.mean((0, 1)), mean.std((0, 1))
     vae.fc_mu.weight /= scale[:, None]
     vae.fc_mu.bias.copy_((vae.fc_mu.bias - centre) / scale)
@@ -526,7 +538,7 @@ def parse_args(argv=None):
     parser.add_argument("--clip", type=float, default=10, help="largest gradient norm, of both networks (default %(default)s)")
     parser.add_argument("--eval-clips", type=int, default=16, help="validation clips (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile, of the discriminators only on a GPU (default: on a GPU)")
-    return read_args(parser, "train_vae", argv)
+    return read_args(parser, "train_vae", argv, torch.cuda.is_available())
 
 
 def main(argv=None):
@@ -582,8 +594,9 @@ def main(argv=None):
     seconds = crops.frames * vae.config.hop / data.rate
     per_step = max(1, round(args.batch_seconds / seconds))
     per_early_step = max(1, round(args.encoder_batch_seconds / seconds))
-    if per_step % world or early and per_early_step % world:
-        raise InputError(f"--batch-seconds {args.batch_seconds} is {per_step} crops of {seconds} s, which {world} ranks cannot share evenly")
+    for flag, value, count in [("--batch-seconds", args.batch_seconds, per_step), ("--encoder-batch-seconds", args.encoder_batch_seconds, per_early_step)]:
+        if count % world and (early or flag == "--batch-seconds"):
+            raise InputError(f"{flag} {value} is {count} crops of {seconds} s, which {world} ranks cannot share evenly")
     numbers = CropNumbers(range(first, args.steps), per_step, early, per_early_step, args.micro_batch, rank, world)
     loader = iter(torch.utils.data.DataLoader(crops, batch_sampler=numbers, num_workers=args.workers, pin_memory=device.type == "cuda"))
     weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight, teacher=args.teacher_weight)
@@ -650,7 +663,7 @@ def main(argv=None):
         adversarial = args.adv_weight > 0 and step >= args.adv_start and not encoder_first
         batches = [next(loader) for _ in numbers.parts(step)]
         accumulate = len(batches)
-        if teacher:
+        if teacher and learns:
             batches = [b | dict(ssl=listen(teacher, b, crops.features)) for b in batches]
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
         # One micro-batch: its forward pass serves both steps. Several: the fakes for the discriminators are made first, without a graph.

@@ -190,7 +190,8 @@ def dit(form: str, work: Path) -> dict:
     """One step of the paper's DiT: on a GPU the paper's batch of 0.9 h, on a CPU 30 s in float32."""
     batch, micro, steps = (3240, 600, 12) if GPU else (30, 30, 8)
     flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"dit-{form}", "--steps", 1000, "--batch-seconds", batch, "--micro-seconds", micro, "--warmup", 10,
-             "--eval-every", 10**6, "--eval-sentences", 1, "--asr", "none", "--compile" if form == "compiled" else "--no-compile"]  # fmt: skip
+             "--eval-every", 10**6, "--eval-sentences", 1, "--asr", "none",
+             "--compile" if form == "compiled" else "--no-compile", "--bf16" if GPU else "--no-bf16"]  # fmt: skip
     seconds = seconds_of_a_step(train_tts, lambda: train_tts.main([str(f) for f in flags]), steps)
     examples = train_tts.Utterances(Data(work / "data", ("latents",)), "train", batch, 1, 0)
     lengths = [sum(examples.frames[i] for i in run) for run in examples.step(0)]
@@ -246,18 +247,21 @@ def sampling(form: str, work: Path) -> dict:
 
 
 def demo_requests():
-    """The demo's DiT and VAE, and four sentences of its test list, each with the prompt's wave, the arguments of model.sample() and the frames it says."""
+    """The demo's DiT and VAE, and four sentences of its test list, each with the prompt's wave, the arguments of
+    model.sample(), those of the text's starts apart, and the frames it says."""
     model, codec, _ = sample.load(str(DEMO / "tts"), None, DEVICE)
     rate, requests = model.config.sample_rate, []
     for line in read_list(DEMO / "corpus" / "test.lst")[::12]:
         prompt_text, text = (normalize_text(t, model.config.text) for t in (line.ref_text, line.text))
         wave = torch.from_numpy(read_audio(DEMO / "corpus" / line.ref, rate))[None].to(DEVICE)
         prompt = model.standardize(codec.encode(wave)[0])  # [1, P, D]
-        frames, _ = sample.plan(model, prompt.shape[1], sample.Request(wave, prompt_text, text))
+        frames, starts = sample.plan(model, prompt.shape[1], sample.Request(wave, prompt_text, text))
         padded = torch.nn.functional.pad(prompt, (0, 0, 0, frames - prompt.shape[1]))
         lengths, given = torch.tensor([frames], device=DEVICE), torch.tensor([prompt.shape[1]], device=DEVICE)
         noise = torch.randn(1, frames, model.config.latent_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-        requests.append(dict(wave=wave, integrate=(noise, padded, given, sample.to_bytes(f"{prompt_text} {text}")[None].to(DEVICE), lengths), frames=frames - prompt.shape[1]))
+        symbols, starts = sample.to_bytes(f"{prompt_text} {text}")[None].to(DEVICE), starts[None].to(DEVICE)
+        given = (noise, padded, given, symbols, lengths)
+        requests.append(dict(wave=wave, integrate=given, starts=starts, frames=frames - prompt.shape[1]))
     return model, codec, requests
 
 
@@ -268,8 +272,11 @@ def demo(form: str, work: Path) -> dict:
     total, said = {}, sum(r["frames"] for r in requests) * model.config.hop / model.config.sample_rate
     for r in requests:
         noise, _, _, symbols, lengths = r["integrate"]
-        stages = dict(prompt=lambda: codec.encode(r["wave"]), text=lambda: [model.text_embed(symbols, lengths, noise.shape[1]) for _ in range(2)],
-                      dit=lambda: integrate(model, *r["integrate"], 32), decoder=lambda: codec.decode(noise))  # fmt: skip
+        stages = dict(
+            prompt=lambda: codec.encode(r["wave"]),
+            text=lambda: [model.text_embed(symbols, lengths, noise.shape[1], starts=r["starts"]) for _ in range(2)],
+            dit=lambda: integrate(model, *r["integrate"], 32, starts=r["starts"]),
+            decoder=lambda: codec.decode(noise))  # fmt: skip
         for name, call in stages.items():
             total[name] = total.get(name, 0) + seconds_of(call, 3) / said
     return total
@@ -281,7 +288,7 @@ def schedule(form: str, work: Path) -> dict:
     model, _, requests = demo_requests()
     errors = {}
     for r in requests:
-        said = lambda steps: integrate(model, *r["integrate"], steps)[:, -r["frames"] :]
+        said = lambda steps: integrate(model, *r["integrate"], steps, starts=r["starts"])[:, -r["frames"] :]
         exact = said(128)
         for steps in (7, 16, 32):
             errors.setdefault(f"steps_{steps}", []).append(relative_rms(said(steps), exact))
@@ -308,7 +315,8 @@ def online(form: str, work: Path) -> dict:
 def curves(form: str, work: Path) -> dict:
     """200 steps of the demo's VAE with discriminators from one seed, plain and fast: mean losses of 50 steps each."""
     prepare.main(["--out", str(work / "demo")])
-    flags = ["--data", work / "demo", "--steps", 200, "--adv-start", 0, "--log-every", 1, "--eval-every", 200]
+    flags = ["--data", work / "demo", "--steps", 200, "--encoder-steps", 0, "--adv-start", 0, "--log-every", 1,
+             "--eval-every", 200]  # fmt: skip
     rows = plain.train([str(f) for f in [*flags, "--out", work / "plain"]], DEVICE)
     train_vae.main([str(f) for f in [*flags, "--out", work / "fast"]])
     fast = [dict(zip(("step", "loss", "mel"), line.split(","))) for line in (work / "fast" / "log.csv").read_text().splitlines()[1:]]

@@ -8,7 +8,7 @@ import torch
 import torchaudio
 
 import plain
-from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, InputError, SemanticVAE, VAEConfig, alignment_loss, fold_weight_norm, lowpass, sample, text_index, upward_alignment_loss
+from model import PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, DurationPredictor, InputError, SemanticVAE, VAEConfig, alignment_loss, duration_loss, fold_weight_norm, lowpass, sample, text_index, time_steps, upward_alignment_loss
 
 TINY_VAE = VAEConfig(encoder_dim=4, latent_dim=8, decoder_dim=64, resblock_kernels=(3,), ssl_dim=12)
 TINY_DIT = DiTConfig(latent_dim=8, width=64, depth=2, heads=2, text_dim=16, text_layers=1)
@@ -134,6 +134,54 @@ def test_spread_evenly_gives_each_character_its_frames():
         expected = [i for i in range(n) for _ in range(frames // n + (i >= n - frames % n))]
         found = text_index("even", None, torch.tensor([n]), torch.tensor([frames]), 14)[0].tolist()  # 14 frames in the batch
         assert found[: len(expected)] == expected and len(expected) == (frames if n else 0)
+
+
+def test_aligned_text_stands_from_its_start_to_the_next_one():
+    starts = torch.tensor([[0.0, 2.0, 2.6, 5.0], [0.0, 1.0, 4.0, torch.inf]])  # in frames, whose middles are at 0.5, 1.5, …
+    found = text_index("aligned", starts, torch.tensor([4, 3]), torch.tensor([8, 6]), 8)
+    assert found.tolist() == [[0, 0, 1, 2, 2, 3, 3, 3], [0, 1, 1, 1, 2, 2, 2, 2]]
+    # A byte of no duration, as the space between two joined clips, gets no frame.
+    assert text_index("aligned", torch.tensor([[0.0, 2.0, 2.0]]), torch.tensor([3]), torch.tensor([4]), 4).tolist() == [[0, 0, 2, 2]]
+    # Even spreading is the case of equal steps.
+    even = text_index("even", None, torch.tensor([4]), torch.tensor([12]), 12)
+    assert torch.equal(even, text_index("aligned", torch.arange(0, 12, 3.0)[None], torch.tensor([4]), torch.tensor([12]), 12))
+
+
+def test_duration_loss_is_that_of_ratios():
+    """A prediction that is off by a factor is right; bytes that take no time and padding do not count; padding changes no prediction."""
+    text, starts = torch.tensor([[5, 6, 7, 8], [9, 9, -1, -1]]), torch.tensor([[0.0, 2.0, 6.0, 6.0], [0.0, 1.0, torch.inf, torch.inf]])
+    lengths = torch.tensor([7, 4])  # durations 2, 4, 0, 1 and 1, 3
+    right = torch.tensor([[2.0, 4.0, 99.0, 1.0], [1.0, 3.0, 50.0, 50.0]]).log() + 5
+    assert duration_loss(right, text, starts, lengths).abs().max() < 1e-5
+    wrong = right + torch.tensor([[0.3, -0.3, 9, 0.0], [0.1, -0.1, 9, 9]])
+    assert torch.allclose(duration_loss(wrong, text, starts, lengths), torch.tensor([0.2, 0.1]), atol=1e-5)
+    predictor = build(DurationPredictor, 256)
+    assert torch.allclose(predictor(text)[1, :2], predictor(text[1:, :2])[0], atol=1e-6)
+
+
+def test_time_steps():
+    """Few steps lie on the grid of 32, others evenly; sway moves them towards the noise; ends stay where they are."""
+    full = torch.tensor(time_steps(32, -1.0))
+    for steps in (7, 10, 16):
+        found = torch.tensor(time_steps(steps, -1.0))
+        assert len(found) == steps + 1 and all((full - t).abs().min() < 1e-6 for t in found) and (found.diff() > 0).all()
+        assert found[0] == 0 and abs(found[-1] - 1) < 1e-6
+    assert time_steps(4, 0.0) == [0, 0.25, 0.5, 0.75, 1]
+
+
+@torch.no_grad()
+def test_guidance_until_a_time_is_guidance_before_it_and_none_behind():
+    dit = build(DiT, TINY_DIT)
+    torch.manual_seed(2)
+    noise, prompt, text = torch.randn(1, 20, 8), torch.randn(1, 20, 8), torch.randint(0, 256, (1, 9))
+    lengths, given = torch.tensor([20]), torch.tensor([6])
+
+    def run(**options):
+        return sample(dit, noise, prompt, given, text, lengths, steps=4, sway=0.0, **options)
+
+    assert torch.equal(run(cfg=2.0, cfg_until=0.0), run(cfg=0.0)) and torch.equal(run(cfg=2.0, cfg_until=1.0), run(cfg=2.0))
+    half = run(cfg=2.0, cfg_until=0.5)
+    assert not torch.allclose(half, run(cfg=0.0)) and not torch.allclose(half, run(cfg=2.0))
 
 
 @pytest.mark.parametrize("place", ["left", "even", "aligned"])

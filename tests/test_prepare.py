@@ -1,6 +1,10 @@
-"""prepare.py: every layout, every reason to drop a clip, exact resumption, ranks, and SSL batches equal to one by one."""
+"""prepare.py: every layout, every reason to drop a clip, exact resumption, ranks, SSL batches equal to one by one, and
+where each byte is said."""
 
 import json
+import shutil
+import string
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,14 +13,15 @@ import pytest
 import soundfile as sf
 import torch
 import torchaudio
-from conftest import RATE, VAE_FLAGS, tiny_ssl, tone, torchrun, write_corpus
+from conftest import RATE, TTS_FLAGS, VAE_FLAGS, tiny_ssl, tone, torchrun, write_corpus
 
 import prepare
+import train_tts
 import train_vae
 from model import SemanticVAE
 from prepare import Data, frame_count, normalize_text, read_audio
 
-ARRAYS = ("index.tsv", "audio.bin", "ssl.bin")
+ARRAYS = ("index.tsv", "audio.bin", "ssl.bin", "starts.bin", "unaligned.tsv")
 
 
 def content(folder: Path) -> dict:
@@ -121,7 +126,8 @@ def test_several_manifests_one_with_a_byte_order_mark_and_crlf(tmp_path):
 
 def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, world, monkeypatch):
     """Stop after every chunk of every pass in turn, and go on: nothing is done twice, nothing is lost."""
-    args = [str(world.corpus), "--ssl", str(world.ssl), "--text", "plain", "--chunk", "2", "--out"]
+    ssl = str(world.ssl)
+    args = [str(world.corpus), "--ssl", ssl, "--aligner", ssl, "--text", "plain", "--chunk", "2", "--out"]
     prepare.main([*args, str(tmp_path / "straight")])
     real, runs = prepare.write_atomic, 0
 
@@ -137,7 +143,7 @@ def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, world, monkey
             break
         except KeyboardInterrupt:
             runs += 1
-    assert runs == 2 * 5  # 9 clips in chunks of 2, two passes
+    assert runs == 3 * 5  # 9 clips in chunks of 2, three passes
     assert content(tmp_path / "out") == content(tmp_path / "straight")
     assert not (tmp_path / "out" / "work").exists()
 
@@ -145,7 +151,10 @@ def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, world, monkey
 def test_two_ranks_make_the_same_bytes(tmp_path, world):
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        torchrun("prepare.py", world.corpus, "--out", out, "--ssl", world.ssl, "--vae", world.vae, "--text", "plain", "--chunk", "2", ranks=ranks)
+        models = ["--ssl", world.ssl, "--aligner", world.ssl, "--vae", world.vae]
+        args = [world.corpus, "--out", out, *models, "--text", "plain", "--chunk", "2"]
+        torchrun("prepare.py", *args, ranks=ranks, first="prepare.Aligner.WORST = -1e9")  # as in conftest.py
+    assert np.isfinite(np.fromfile(tmp_path / "2" / "starts.bin", "float32")).all()
     assert content(tmp_path / "1") == content(tmp_path / "2")
     assert (tmp_path / "1" / "latents.bin").read_bytes() == (tmp_path / "2" / "latents.bin").read_bytes()
 
@@ -266,3 +275,104 @@ def test_download_reports_what_cannot_be_fetched(tmp_path, fails, monkeypatch):
         folders = prepare.download("dev-clean,librispeech:test-clean", tmp_path)
         assert asked == ["dev-clean", "dev-clean", "test-clean"] and folders == [tmp_path / "LibriTTS" / "dev-clean", tmp_path / "LibriSpeech" / "test-clean"]
         assert all((folder / "all").exists() for folder in folders)
+
+
+# ---------------------------------------------------------------------------------------- where each byte is said
+
+
+@pytest.fixture
+def aligner(tmp_path, monkeypatch):
+    """One with a public English alphabet: upper case, | between words, no punctuation; with the threshold of use."""
+    monkeypatch.setattr(prepare.Aligner, "WORST", -2.5)
+    folder = tiny_ssl(tmp_path / "upper", letters=string.ascii_uppercase)
+    aligner = prepare.Aligner(str(folder), torch.device("cpu"))
+    assert [aligner.symbol(c) for c in "nN '|é,1<"] == [17, 17, 2, 3, 2, None, None, None, None] and aligner.blank == 0
+    return aligner
+
+
+def spoken(aligner, text: str, places: list, frames: int) -> torch.Tensor:
+    """Logits [S, 30] of a recogniser that hears what it knows of the text, each character in the frames (first, last)
+    of its place, and nothing else."""
+    logits = torch.zeros(frames, 30)
+    logits[:, aligner.blank] = 12
+    known = [symbol for symbol in map(aligner.symbol, text) if symbol is not None]
+    for (first, last), symbol in zip(places, known, strict=True):
+        logits[first : last + 1] = torch.nn.functional.one_hot(torch.tensor(symbol), 30) * 12.0
+    return logits
+
+
+def halfway(peaks) -> torch.Tensor:
+    return torch.tensor([0, *(np.add(peaks[1:], peaks[:-1]) / 2)], dtype=torch.float32)
+
+
+def test_a_byte_begins_halfway_between_the_moments_of_two_characters(aligner):
+    """Doubled letters and one that is held for three frames among them: its moment is the middle one."""
+    places = [(2, 2), (4, 4), (9, 11), (14, 14)]
+    starts = aligner(spoken(aligner, "aa b", places, 20), "aa b", 2.0)
+    assert torch.allclose(starts, halfway([0.25, 0.45, 1.05, 1.45]))
+
+
+def test_unknown_characters_stand_evenly_between_their_neighbours(aligner):
+    """Mixed case, punctuation and bytes: one start a byte, ascending; what the alphabet lacks stands between its neighbours."""
+    text, places = "Né, «zo»!", [(3, 3), (12, 12), (20, 20), (24, 24)]
+    starts = aligner(spoken(aligner, text, places, 40), text, 2.0)
+    n, space, z, o = 0.175, 0.625, 1.025, 1.225
+    peaks = [np.linspace(n, space, 5)[:-1], np.linspace(space, z, 4)[:-1], [z], np.linspace(o, 2, 5)[:-1]]
+    assert len(starts) == len(text.encode()) == 12 and (starts.diff() > 0).all() and starts[0] == 0
+    assert torch.allclose(starts, halfway(np.concatenate(peaks)))
+    assert torch.equal(starts, aligner(spoken(aligner, text.upper(), places, 40), text.upper(), 2.0))
+
+
+@pytest.mark.parametrize("text, heard, frames", [
+    ("abc é", "xyz ", 40), ("abcdefghij", "", 9), ("aaaaa", "", 8), ("42é", "", 40)])  # fmt: skip
+def test_what_is_not_said_has_no_place(aligner, text, heard, frames):
+    """Another text, one too long (doubled letters need a frame between), one of unknown characters only: all nan."""
+    starts = aligner(spoken(aligner, heard, [(4 * i + 2,) * 2 for i in range(len(heard))], frames), text, 1.0)
+    assert len(starts) == len(text.encode()) and starts.isnan().all()
+
+
+def test_clips_that_cannot_be_aligned_are_listed_and_left_out(world, tmp_path, capsys):
+    corpus, out = write_corpus(tmp_path / "in"), tmp_path / "out"
+    rows = [line.split("|") for line in (corpus / "manifest.csv").read_text().splitlines()]
+    rows[1][2], rows[8][2] = "42", "one small bird sang " * 6
+    (corpus / "manifest.csv").write_text("".join("|".join(row) + "\n" for row in rows))
+    flags = ["--ssl", "none", "--aligner", str(world.ssl), "--text", "plain", "--vae", str(world.vae)]
+    prepare.main([str(corpus), "--out", str(out), *flags])
+    said, lost = capsys.readouterr().out, ["audio/0.wav", "audio/7.wav"]
+    assert (out / "unaligned.tsv").read_text().split() == lost
+    assert "2 of 9 clips cannot be aligned" in said and "'4' 1 times, '2' 1 times" in said
+    data = Data(out, ("starts",))
+    for i, clip in enumerate(data.clips):
+        starts = data.get("starts", i)
+        assert len(starts) == len(clip["text"]) and starts.isnan().all() == (clip["id"] in lost)
+        ascend = starts[0] == 0 and (starts.diff() > 0).all() and starts[-1] < data.samples[i] / RATE
+        assert ascend or clip["id"] in lost
+    train_tts.main(["--data", str(out), "--out", str(tmp_path / "tts"), "--asr", "none", *TTS_FLAGS])
+    assert "; 5 clips, " in capsys.readouterr().out  # of 6
+
+
+def test_another_aligner_replaces_the_starts(world, tmp_path, fails):
+    data, other = tmp_path / "data", tiny_ssl(tmp_path / "other", seed=5)
+    shutil.copytree(world.data, data)
+    prepare.main(["--out", str(data), "--aligner", str(world.ssl)])  # the same: nothing is done
+    assert (data / "starts.bin").read_bytes() == (world.data / "starts.bin").read_bytes()
+    prepare.main(["--out", str(data), "--aligner", str(other)])
+    meta = json.loads((data / "meta.json").read_text())
+    assert meta["starts"]["aligner"] == str(other) and Data(data, ("audio", "ssl", "starts", "latents"))
+    assert (data / "starts.bin").read_bytes() != (world.data / "starts.bin").read_bytes()
+    fails(prepare.main, ["--out", data, "--aligner", world.sv], "cannot load the aligner")
+    fails(prepare.main, ["--out", data, "--aligner", tmp_path / "absent"], "cannot load", "absent")
+    assert json.loads((data / "meta.json").read_text()) == meta
+
+
+def test_the_demo_interrupted_is_aligned_all_the_same(world, tmp_path, monkeypatch):
+    """`prepare.py` without flags, killed in the pass over the features and run again, ends with the same bytes."""
+    for name in ("corpus", "ssl"):
+        shutil.copytree(getattr(world, name), tmp_path / "demo" / name)
+    monkeypatch.setattr(prepare, "DEMO", tmp_path / "demo")
+    prepare.main(["--out", str(tmp_path / "straight")])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "fill_ssl", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare.main(["--out", str(tmp_path / "out")])
+    prepare.main(["--out", str(tmp_path / "out")])
+    assert content(tmp_path / "out") == content(tmp_path / "straight")

@@ -28,7 +28,7 @@ import train_tts
 import train_vae
 from evaluate import error_rates, normalize
 from model import DiT, DiTConfig, InputError
-from sample import Request, check_prompt, join, split_text, synthesize, plan
+from sample import Request, check_prompt, join, plan, split_text, synthesize, to_bytes
 
 
 # -------------------------------------------------------------------------------------------------- the parts
@@ -188,9 +188,35 @@ def test_sample_is_deterministic_and_of_the_planned_length(world, tmp_path, caps
     a, b, c = say(world, tmp_path / "a.wav", *words), say(world, tmp_path / "b.wav", *words), say(world, tmp_path / "c.wav", *words, "--seed", 1)
     assert np.array_equal(a, b) and not np.array_equal(a, c)
     out = capsys.readouterr().out
-    assert "real-time factor" in out and "seed 0" in out and "device cpu" in out
+    assert "real-time factor" in out and "seed 0, 2 steps, guidance 3" in out and "device cpu" in out  # the model's 3
     assert len(say(world, tmp_path / "d.wav", *words, "--duration", "0.7")) == 0.7 * RATE
     assert len(say(world, tmp_path / "e.wav", *words, "--speed", "0.5")) > 1.5 * len(a)
+
+
+@torch.no_grad()
+def test_an_aligned_dit_speaks_as_long_as_its_durations_say(world, tmp_path):
+    """Which here differ a lot: the prompt's bytes, less the space behind, fill its frames, and the text goes on so."""
+    dit, _, _ = sample.load(str(world.tts), None, torch.device("cpu"))
+    dit.durations.out.weight.mul_(50)
+    dit.save_pretrained(tmp_path / "tts", vae=str(world.vae))
+    prompt_text, text = "one small bird", "by the river this morning"
+    wave, _ = check_prompt(prepare.read_audio(world.corpus / "audio" / "3.wav", RATE), prompt_text, RATE, 10)
+    frames = math.ceil(len(wave) / 400)
+    weights = dit.durations(to_bytes(f"{prompt_text} {text}")[None])[0].exp().double()
+    expected = frames * weights[15:].sum() / weights[:14].sum()
+    assert weights.max() > 1.5 * weights.min() and abs(expected - frames * len(text) / len(prompt_text)) > 2
+
+    def said(*more):
+        words = ["--ref-text", prompt_text, "--text", text]
+        return say(world, tmp_path / "a.wav", "--tts", tmp_path / "tts", *words, *more)
+
+    waves = [said(), said(), said("--speed", "0.7"), said("--duration", "0.8"), said("--cfg-until", "0.2")]
+    assert [len(w) // 400 for w in waves] == [int(expected), int(expected), int(expected / 0.7), 32, int(expected)]
+    assert np.array_equal(waves[0], waves[1]) and not np.array_equal(waves[0], waves[4])
+    total, starts = plan(dit, frames, Request(wave, prompt_text, text))
+    assert total == frames + int(expected) and starts[0] == 0 and starts[14] == starts[15] == frames
+    steps = torch.cat([starts, torch.tensor([float(total)])]).diff().double()
+    assert torch.allclose(steps[15:] / steps[15:].sum(), weights[15:] / weights[15:].sum(), atol=1e-4)
 
 
 def test_sample_splits_long_text_takes_takes_and_transcribes(world, tmp_path, capsys, monkeypatch):
@@ -208,6 +234,7 @@ def test_sample_splits_long_text_takes_takes_and_transcribes(world, tmp_path, ca
 
 def test_what_one_gets_does_not_depend_on_its_batch(world):
     dit, vae, _ = sample.load(str(world.tts), None, torch.device("cpu"))
+    assert dit.config.text_place == "aligned"  # the preset's
     requests = [Request(tone(1 + 0.2 * i, i), "one small bird", "by the " + "river " * (i + 1)) for i in range(3)]
     together = synthesize(dit, vae, requests, steps=2)
     for request, wave in zip(requests, together):
@@ -229,7 +256,7 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()[:5]] == ["system", "original", "reconstruction", "synthesis", "signature:"]
     assert all(heading in table for heading in ("WER %", "corpus WER %", "Whisper-norm. WER %", "SIM", "mel", "STFT", "SI-SDR dB"))
-    for word in ("n=3", "asr=ssl@sha256:", f"tts={prepare.revision(world.tts)}", "sim=sv@sha256:", "normalizer=seed-tts-eval", "seed=0", "steps=2", "cfg=2", "vae="):
+    for word in ("n=3", "asr=ssl@sha256:", f"tts={prepare.revision(world.tts)}", "sim=sv@sha256:", "normalizer=seed-tts-eval", "seed=0", "steps=2", "cfg=3", "vae="):
         assert word in table
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert len(lines) == 1 + 3 * 3 and lines[0] == "system,utterance,wer,wer_whisper,sim,mel,stft,si_sdr,stoi,pesq,reference,hypothesis"
@@ -240,6 +267,7 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
     torch.manual_seed(0)
     DiT(DiT.from_pretrained(world.tts).config).save_pretrained(tmp_path / "other", vae=str(world.vae))
     fails(sample.main, ["--tts", tmp_path / "other", *args[2:]], "was made with other settings")
+    fails(sample.main, [*args, "--cfg-until", "0.5"], "was made with other settings")
 
 
 def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch, capsys):
@@ -343,6 +371,9 @@ def test_bad_input(world, tmp_path, fails):
     fails(sample.main, run("--ref", ref, *words, "--speed", "0"), "--speed 0.0 is outside 0.3 to 3")
     fails(sample.main, run("--ref", ref, *words, "--takes", "0"), "must be at least 1")
     fails(sample.main, run(*words), "name it with --ref")
+    (tmp_path / "bad.lst").write_text("audio/0.wav\t1.0\t...\taudio/2.wav\t1.2\tby the river\n")
+    listed = ["--tts", world.tts, "--list", tmp_path / "bad.lst", "--ref-dir", world.corpus, "--out", tmp_path / "said"]
+    fails(sample.main, [*listed, "--steps", "1"], "empty")
     other = tmp_path / "other"
     train_vae.main(["--data", str(world.data), "--out", str(other), *VAE_FLAGS, "--seed", "5"])
     fails(sample.main, run("--ref", ref, *words, "--vae", other), "was trained on the latents of VAE")
@@ -421,7 +452,8 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
     for name in ("corpus", "ssl", "sv", "vae", "tts"):
         shutil.copytree(getattr(world, name), tmp_path / "demo" / name)
     models = {"microsoft/wavlm-large": world.ssl, "openai/whisper-large-v3": world.ssl, "openai/whisper-base.en": world.ssl,
-              "train_vae.py --preset f5-mel": "train_vae.py --preset demo --mel --latent-dim 20", "--preset f5-mel": "--preset demo", "--preset paper": "--preset demo"}  # fmt: skip
+              "train_vae.py --preset f5-mel": "train_vae.py --preset demo --mel --latent-dim 20", "--preset f5-mel": "--preset demo", "--preset paper": "--preset demo",
+              "--preset small": "--preset demo", "facebook/wav2vec2-base-960h": world.ssl}  # fmt: skip
     tiny = {"train_vae.py": VAE_FLAGS, "train_tts.py": TTS_FLAGS, "sample.py": ["--steps", "2"], "prepare.py": [], "evaluate.py": []}
     mains = {"train_vae.py": train_vae.main, "train_tts.py": train_tts.main, "sample.py": sample.main, "prepare.py": prepare.main, "evaluate.py": evaluate.main}
     done = []
