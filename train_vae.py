@@ -405,18 +405,23 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def compiled(module: nn.Module, wanted: bool, *example, dynamic: bool = False):
-    """The module under torch.compile, tried on an example, forward and backward; itself, with a line that says why, if that fails."""
+def compiled(module: nn.Module, wanted: bool, *example, part: nn.Module | None = None):
+    """The module under torch.compile, tried on an example, forward and backward; itself, with a line that says why, if that fails. Where a
+    part is named, that alone is compiled, in its place and for all shapes."""
     if not wanted:
         return module
     try:
-        fast = torch.compile(module, dynamic=dynamic)
+        fast = module if part else torch.compile(module, dynamic=False)
+        if part:
+            part.compile(dynamic=True)
         torch.autograd.backward([y.sum() for y in tree_leaves(fast(*example)) if torch.is_tensor(y) and y.requires_grad])
         return fast
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever the compiler raises, training can go on without it
         tqdm.write(f"torch.compile cannot run here ({type(e).__name__}: {str(e).splitlines()[0][:120]}): training goes on eagerly")
+        if part:
+            part._compiled_call_impl = None
         return module
     finally:
         module.zero_grad()

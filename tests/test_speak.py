@@ -204,7 +204,7 @@ def test_an_aligned_dit_speaks_as_long_as_its_durations_say(world, tmp_path):
     frames = math.ceil(len(wave) / 400)
     weights = dit.durations(to_bytes(f"{prompt_text} {text}")[None])[0].exp().double()
     expected = frames * weights[15:].sum() / weights[:14].sum()
-    assert weights.max() > 1.5 * weights.min() and abs(expected - frames * len(text) / len(prompt_text)) > 2
+    assert weights.max() > 1.5 * weights.min() and abs(expected - frames * len(text) / len(prompt_text)) > 0.5
 
     def said(*more):
         words = ["--ref-text", prompt_text, "--text", text]
@@ -452,7 +452,8 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
     for name in ("corpus", "ssl", "sv", "vae", "tts"):
         shutil.copytree(getattr(world, name), tmp_path / "demo" / name)
     models = {"microsoft/wavlm-large": world.ssl, "openai/whisper-large-v3": world.ssl, "openai/whisper-base.en": world.ssl,
-              "train_vae.py --preset f5-mel": "train_vae.py --preset demo --mel --latent-dim 20", "--preset f5-mel": "--preset demo", "--preset paper": "--preset demo",
+              "train_vae.py --preset f5-mel": "train_vae.py --preset demo --mel --latent-dim 20", "train_tts.py --preset f5-mel": "train_tts.py --preset demo --text-place left",
+              "train_tts.py --preset paper": "train_tts.py --preset demo --text-place left", "--preset f5-mel": "--preset demo", "--preset paper": "--preset demo",
               "--preset small": "--preset demo", "facebook/wav2vec2-base-960h": world.ssl}  # fmt: skip
     tiny = {"train_vae.py": VAE_FLAGS, "train_tts.py": TTS_FLAGS, "sample.py": ["--steps", "2"], "prepare.py": [], "evaluate.py": []}
     mains = {"train_vae.py": train_vae.main, "train_tts.py": train_tts.main, "sample.py": sample.main, "prepare.py": prepare.main, "evaluate.py": evaluate.main}

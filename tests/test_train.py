@@ -109,7 +109,7 @@ def test_on_a_gpu_everything_is_on_the_gpu_and_losses_are_float32(monkeypatch):
     dit, both, losses = DiT(DiTConfig(**PRESETS["paper"]["dit"])), [networks("down"), networks("up")], {}
     reader = train_vae.LatentReader(both[0][0].config, 96)
     small = DiT(DiTConfig(**PRESETS["demo"]["dit"]))
-    objective = train_tts.Objective(small, train_tts.HiddenAlignment(small.config, 96, 32))
+    objective = train_tts.Objective(small)
     averages = [copy.deepcopy(vae) for vae, *_ in both]
     with FakeTensorMode():
         with pytest.raises(RuntimeError, match="device"):
@@ -137,8 +137,7 @@ def test_on_a_gpu_everything_is_on_the_gpu_and_losses_are_float32(monkeypatch):
             losses["flow"], _ = flow_matching_loss(dit, x, x, torch.zeros(2, device=device), torch.ones(2, 40, dtype=torch.bool, device=device), text, lengths, no, no)
             losses["sample"] = dit.destandardize(sample(dit, x, x, lengths // 2, text, lengths, steps=2))
             starts, span = torch.zeros(2, 20, device=device), torch.ones(2, 40, dtype=torch.bool, device=device)
-            t, features = torch.zeros(2, device=device), torch.zeros(2, 40, 96, device=device)
-            losses["objective"], _ = move(objective)(x, x, t, span, text, lengths, no, no, starts, features)
+            losses["objective"], _ = move(objective)(x, x, torch.zeros(2, device=device), span, text, lengths, no, no, starts)
             losses["aligned"] = sample(small, x, x, lengths // 2, text, lengths, steps=2, starts=starts)
         update(dit), update(objective)
         assert {name: (v.dtype, v.device) for name, v in losses.items()} == dict.fromkeys(losses, (torch.float32, device))
@@ -251,7 +250,7 @@ def test_training_lowers_its_losses(world, tmp_path, narrow):
         assert told[-1] < factor * told[0], (term, told)
     train_tts.main(TTS(world, tmp_path / "tts", steps=30, eval_every=30, log_every=5, warmup=3) + ["--align-hidden"])
     valid = [float(r["valid_loss"]) for r in rows(tmp_path / "tts") if r["valid_loss"]]
-    assert len(valid) == 2 and valid[-1] < 0.97 * valid[0], valid
+    assert len(valid) == 2 and valid[-1] < 0.99 * valid[0], valid
     for term in ("durations", "hidden"):
         told = [float(r[term]) for r in rows(tmp_path / "tts")]
         assert told[-1] < 0.95 * told[0], (term, told)
@@ -436,7 +435,7 @@ def test_fine_tuning_starts_from_the_given_weights(world, tmp_path, capsys, fail
     train_vae.main(VAE(world, tmp_path / "audio", steps=1, eval_every=1, align_weight=0) + ["--init", str(world.vae)])  # needs no features
     c = load_file(tmp_path / "audio" / "model.safetensors")
     assert all(torch.equal(a[k], c[k]) == k.startswith("projectors.") for k in a if k.endswith("weight"))
-    fails(train_vae.main, VAE(world, tmp_path / "wide", latent_dim=7) + ["--init", str(world.vae)], "has latents of 16 dimensions, not 7")
+    fails(train_vae.main, VAE(world, tmp_path / "wide", latent_dim=7) + ["--init", str(world.vae)], "has latents of 32 dimensions, not 7")
     train_tts.main(TTS(world, tmp_path / "tts", steps=1, lr=1e-9) + ["--init", str(world.tts)])
     a, b = load_file(world.tts / "model.safetensors"), load_file(tmp_path / "tts" / "model.safetensors")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
@@ -487,36 +486,36 @@ def test_compile_that_cannot_run_says_so_and_goes_on(world, tmp_path, monkeypatc
     assert "torch.compile cannot run here (RuntimeError: Cannot find a working triton" in out and (tmp_path / "vae" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("place, bf16", [("left", False), ("left", True), ("aligned", False), ("aligned", True)])
+@pytest.mark.parametrize("place, bf16", [("left", False), ("aligned", True)])
 def test_compiled_dit_learns_from_every_length(place, bf16):
     """Really compiled, for all shapes at once: losses and gradients of two batches, of which the second is of another
-    shape, are the eager ones; with aligned text those of durations and hidden states too."""
+    shape, are the eager ones; with aligned text the durations' too, which stay outside."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     aligned, near = place == "aligned", 3e-2 if bf16 else 1e-4
-    sizes = dict(latent_dim=4, width=16, depth=1 + aligned, heads=2, text_dim=8, text_layers=1)
-    dit = DiT(DiTConfig(**sizes, text_place=place))
-    eager = train_tts.Objective(dit, train_tts.HiddenAlignment(dit.config, 6, 8) if aligned else None)
-    torch.nn.init.normal_(eager.dit.proj_out.weight)  # 0 at first, and with it most gradients
-    fast = torch.compile(eager, dynamic=True)
+    dit = DiT(DiTConfig(latent_dim=4, width=16, depth=1, heads=2, text_dim=8, text_layers=1, text_place=place))
+    torch.nn.init.normal_(dit.proj_out.weight)  # 0 at first, and with it most gradients
+    eager = train_tts.Objective(dit)
+    fast = copy.deepcopy(eager)
+    fast.dit.compile(dynamic=True)
     for b, n in ((2, 50), (3, 41)):
         x, noise, keep = torch.randn(b, n, 4), torch.randn(b, n, 4), torch.zeros(b, dtype=torch.bool)
-        batch = (x, noise, torch.rand(b), torch.ones(b, n, dtype=torch.bool), torch.randint(0, 256, (b, 20)), torch.tensor([n, *[n - 7] * (b - 1)]), keep, keep)
-        if aligned:
-            batch += ((torch.rand(b, 20) * (n - 7)).sort().values, torch.randn(b, n, 6))
+        lengths, span = torch.tensor([n, *[n - 7] * (b - 1)]), torch.ones(b, n, dtype=torch.bool)
+        starts = (torch.rand(b, 20) * (n - 7)).sort().values if aligned else None
+        batch = (x, noise, torch.rand(b), span, torch.randint(0, 256, (b, 20)), lengths, keep, keep, starts)
         results = []
         for objective in (eager, fast):
-            eager.zero_grad()
+            objective.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 losses, _ = objective(*batch)
             losses.sum().backward()
-            results.append([losses.detach(), *(p.grad.clone() for p in eager.parameters() if p.grad is not None)])
-        assert len(results[0]) == len(results[1]) and (results[0][0] > 0).tolist() == [True, aligned, aligned]
+            results.append([losses.detach(), *(p.grad.clone() for p in objective.parameters() if p.grad is not None)])
+        assert len(results[0]) == len(results[1]) and (results[0][0] > 0).tolist() == [True, aligned, False]
         assert all(torch.allclose(a, b, rtol=near, atol=near * b.abs().max().item()) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("part", ["vae", "vanilla", "encoder first", "discriminators", "dit", "hidden"])
-def test_compiles_whole_and_once(part, world, tmp_path, monkeypatch, capsys, narrow):
+@pytest.mark.parametrize("part", ["vae", "vanilla", "encoder first", "discriminators", "dit"])
+def test_compiles_whole_and_once(part, world, tmp_path, monkeypatch, capsys):
     """No graph breaks, one graph a way of calling, however many steps. Counted where torch.compile traces: the rest of the compiler is left out."""
     trace = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **options: trace(module, backend="eager", **options))
@@ -526,9 +525,8 @@ def test_compiles_whole_and_once(part, world, tmp_path, monkeypatch, capsys, nar
     if part in ("vae", "vanilla", "encoder first"):
         more = {"vae": {}, "vanilla": dict(align_weight=0), "encoder first": EARLY | dict(encoder_steps=3)}[part]
         train_vae.main(VAE(world, tmp_path, steps=6, adv_start=0, eval_every=3, **more) + ["--compile"])
-    elif part in ("dit", "hidden"):
-        hidden = ["--align-hidden"] if part == "hidden" else []
-        train_tts.main(TTS(world, tmp_path, steps=6, eval_every=3) + ["--compile", *hidden])
+    elif part == "dit":
+        train_tts.main(TTS(world, tmp_path, steps=6, eval_every=3) + ["--compile"])
     else:  # which train_vae.py compiles on a GPU only: as its two steps call them
         discriminators, wave = Discriminators(0.0625), torch.randn(2, 4000)
         fast = train_vae.compiled(discriminators, True, wave)
@@ -537,8 +535,7 @@ def test_compiles_whole_and_once(part, world, tmp_path, monkeypatch, capsys, nar
             with torch.no_grad():
                 fast(wave)
             fast(wave.clone().requires_grad_()), discriminators.requires_grad_(True)
-    breaks = [reason for reason in counters["graph_break"] if "ctc_loss" not in reason]  # which is one operation anyhow
-    assert not breaks, breaks
+    assert not counters["graph_break"], counters["graph_break"]
     assert "torch.compile cannot run" not in capsys.readouterr().out
     assert counters["stats"]["unique_graphs"] == {"discriminators": 4, "encoder first": 2}.get(part, 1)  # one a phase
 
@@ -584,7 +581,7 @@ def test_bad_input(world, tmp_path, fails):
     fails(train_tts.main, ["--data", copy, *out, *even], "placed aligned, not even")
     (copy / "meta.json").write_text(json.dumps(meta | {"latents": meta["latents"] | {"vae_hash": "0123"}}))
     fails(train_tts.main, ["--data", copy, *out], "come from 0123", "prepare.py")
-    (copy / "meta.json").write_text(json.dumps(meta | {"latents": meta["latents"] | {"std": [1e-3] * 16}}))
+    (copy / "meta.json").write_text(json.dumps(meta | {"latents": meta["latents"] | {"std": [1e-3] * 32}}))
     fails(train_tts.main, ["--data", copy, *out], "do not fit their statistics")
 
     shutil.copytree(world.vae, tmp_path / "vae")
