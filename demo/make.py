@@ -12,6 +12,7 @@ sentence in eight are held out from everything.
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -537,9 +538,11 @@ def export(args):
     notes = json.loads((args.run / "config.json").read_text())
     kind = {"DiT": DiT, "SemanticVAE": SemanticVAE}[notes.pop("model")]
     del notes["config"]  # save_pretrained writes it again
-    if "vae" in notes:
-        notes["vae"] = os.path.relpath(args.vae or (args.run / notes["vae"]).resolve(), args.out.resolve())
-    kind.from_pretrained(args.run).save_pretrained(args.out, torch.float16, **notes)
+    model = kind.from_pretrained(args.run)
+    if kind is DiT:  # its VAE's latents differ by the rounding of the weights, and so does their name
+        notes["vae"] = os.path.relpath(args.vae, args.out.resolve())
+        model.config = dataclasses.replace(model.config, vae_hash=SemanticVAE.from_pretrained(args.vae).latents_hash())
+    model.save_pretrained(args.out, torch.float16, **notes)
     for name in ("args.json", "log.csv"):
         shutil.copy(args.run / name, args.out / name)
 
@@ -556,7 +559,7 @@ if __name__ == "__main__":
     parser.add_argument("--others", type=Path, action="append", default=[], help="ssl, sv: folder of other clips")
     parser.add_argument("--whisper", type=Path, help="ssl: folder of Whisper base in CTranslate2's form")
     parser.add_argument("--run", type=Path, help="export: the run's folder")
-    parser.add_argument("--vae", type=Path, help="export: where a DiT's VAE will be")
+    parser.add_argument("--vae", type=Path, help="export: where a DiT's exported VAE is")
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo-make"), help="ssl, sv: for the state to resume from")
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch-seconds", type=float, default=40)

@@ -199,7 +199,7 @@ def test_an_aligned_dit_speaks_as_long_as_its_durations_say(world, tmp_path):
     dit, _, _ = sample.load(str(world.tts), None, torch.device("cpu"))
     dit.durations.out.weight.mul_(50)
     dit.save_pretrained(tmp_path / "tts", vae=str(world.vae))
-    prompt_text, text = "one small bird", "by the river this morning"
+    prompt_text, text = "one small bird", "by the river"
     wave, _ = check_prompt(prepare.read_audio(world.corpus / "audio" / "3.wav", RATE), prompt_text, RATE, 10)
     frames = math.ceil(len(wave) / 400)
     weights = dit.durations(to_bytes(f"{prompt_text} {text}")[None])[0].exp().double()
@@ -410,7 +410,7 @@ def test_the_shipped_weights_speak():
     said = synthesize(dit, vae, [Request(wave(line.ref), normalize(line.ref_text), normalize(line.text)) for line in lines])
     texts = [line.text for line in lines]
     rates = {name: error_rates(texts, listen(w))["cer"] for name, w in (("original", originals), ("reconstruction", again), ("synthesis", said))}
-    assert rates["reconstruction"] < rates["original"] + 0.1 and rates["synthesis"] < 0.55, rates
+    assert rates["original"] < 0.1 and rates["reconstruction"] < 0.25 and rates["synthesis"] < 0.3, rates
     assert error_rates(texts[1:] + texts[:1], listen(said))["cer"] > rates["synthesis"] + 0.2
 
 
