@@ -144,7 +144,7 @@ class MicroBatches:
 
 class HiddenAlignment(nn.Module):
     """A-DMA (arXiv 2505.19595): heads on the DiT's hidden states, in training alone. What comes out of the 8th of 18 blocks shall tell the text
-    (CTC, weight 0.1), of the 12th the SSL features (1 − cosine, weight 1); other depths in proportion."""
+    (CTC, weight 0.1), of the 12th the SSL features (1 − cosine, weight 1); other depths in proportion. The heads' norm sees a batch's padding: there alone micro-batches matter."""
 
     def __init__(self, dit: DiTConfig, ssl_dim: int, hidden: int = 2048):
         super().__init__()
