@@ -91,8 +91,8 @@ PRESETS = {
     "demo": dict(
         vae=dict(encoder_dim=10, latent_dim=32, decoder_dim=192, decoder_rates=(5, 5, 4, 4), decoder_kernels=(9, 9, 8, 8),
                  resblock_kernels=(7,)),
-        train_vae=dict(steps=7500, encoder_steps=2000, encoder_batch_seconds=28.8, batch_seconds=3.6, crop=1.2, micro_batch=24, lr=2e-3,
-                       lr_decay=0.9997, unit_latents=True, adv_start=6500, disc_width=0.125, ema=0.998, eval_every=250, eval_clips=8,
+        train_vae=dict(steps=8400, encoder_steps=5400, encoder_batch_seconds=9.6, batch_seconds=4.8, crop=1.2, micro_batch=8, lr=2e-3,
+                       lr_decay=0.9996, unit_latents=True, adv_start=7700, disc_width=0.125, ema=0.998, eval_every=300, eval_clips=8,
                        log_every=50, compile=True),
         dit=dict(width=192, depth=6, heads=3, text_dim=96, text_place="aligned"),
         train_tts=dict(steps=2000, lr=2e-3, warmup=100, join=2, batch_seconds=40, micro_seconds=80, ema=0.998, eval_every=250,
@@ -102,7 +102,7 @@ PRESETS = {
         vae=dict(encoder_dim=32, decoder_dim=512),
         train_vae=dict(steps=200_000, crop=1.5, batch_seconds=48, micro_batch=32, disc_width=0.5),
         dit=dict(width=512, depth=12, heads=8, text_dim=256, text_place="aligned"),
-        train_tts=dict(steps=200_000, lr=2e-4, warmup=5_000, batch_seconds=600, micro_seconds=300),
+        train_tts=dict(steps=200_000, lr=2e-4, warmup=5_000, batch_seconds=600, micro_seconds=640),
     ),
     "paper": dict(vae={}, train_vae={}, dit={}, train_tts={}),  # every default is the paper's
     "f5-mel": dict(  # F5-TTS's mel-spectrograms: for data at 24 kHz
@@ -448,12 +448,14 @@ def alignment_loss(z, target, valid=None):
 
 def upward_alignment_loss(z, projected, features, valid, margin: float = 0.5, pair_margin: float = 0.25):
     """mean ReLU(1 − m₁ − cos(Wzᵢ, fᵢ)) + mean ReLU(|cos(zᵢ, zⱼ) − cos(fᵢ, fⱼ)| − m₂), over the valid frames i and pairs i, j of an
-    utterance (VA-VAE, arXiv 2501.01423, section 3). z [B, N, D]; projected Wz and features f [B, N, ssl_dim]; valid [B, N]."""
+    utterance, mean over the utterances (VA-VAE, arXiv 2501.01423, section 3). z [B, N, D]; projected Wz and features f [B, N, ssl_dim]; valid [B, N]."""
     unit = lambda x: F.normalize(x, dim=-1)
     frames = F.relu(1 - margin - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
     pairs = F.relu((unit(z) @ unit(z).mT - unit(features) @ unit(features).mT).abs() - pair_margin)  # [B, N, N]
     both = valid[:, :, None] & valid[:, None]
-    return (frames * valid).sum() / valid.sum().clamp(min=1) + (pairs * both).sum() / both.sum().clamp(min=1)
+    frames = (frames * valid).sum(1) / valid.sum(1).clamp(min=1)  # [B]
+    pairs = (pairs * both).sum((1, 2)) / both.sum((1, 2)).clamp(min=1)  # [B]
+    return (frames + pairs).mean()
 
 
 def kl_loss(mean, logvar):
@@ -826,7 +828,7 @@ class DiT(Pretrained):
         inside = frame < lengths[:, None]  # [B, N]
         angle = angles(frame, self.config.width // self.config.heads)  # [N, W/H/2]
         t = self.time_embed(t)  # [B, W]
-        x = self.input_embed(x, prompt, text, inside[..., None])  # [B, N, W]
+        x = self.input_embed(x, prompt, text, inside[..., None]).float()  # [B, N, W]; blocks add to it in float32, whatever they compute in
         states = []
         for block in self.transformer_blocks:
             x = block(x, t, angle, inside[..., None])

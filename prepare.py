@@ -10,8 +10,8 @@ The data folder, whose clips stand in every array in the order of the index:
     audio.bin    int16   [samples of all clips]
     ssl.bin      float16 [SSL frames of all clips, width]
     starts.bin   float32 [bytes of all texts]: the second at which each byte begins; nan in clips that could not be aligned
-    latents.bin  float16 [latent frames of all clips, 2, latent_dim]: the posterior's mean and log-variance
-    meta.json    sample rate, teacher, VAE, counts, hours, the latents' statistics
+    latents-HASH.bin  float16 [latent frames of all clips, 2, latent_dim]: mean and log-variance, by the VAE with this latents_hash()
+    meta.json    sample rate, teacher, VAEs, counts, hours, the latents' statistics
     settings.json what the folder was made with: other settings are refused
     dropped.tsv  every clip that was left out, with its reason
 
@@ -20,6 +20,7 @@ Killed at any moment and run again, it continues and ends with the same bytes.
 
 import argparse
 import datetime
+import errno
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ import platform
 import shutil
 import signal
 import sys
+import time
 import traceback
 import unicodedata
 import zlib
@@ -44,7 +46,7 @@ import torch.distributed as dist
 import torchaudio
 from tqdm import tqdm
 
-from model import InputError, LogMel, SemanticVAE, read_json, write_atomic, write_json
+from model import InputError, LogMel, SemanticVAE, fold_weight_norm, read_json, write_atomic, write_json
 
 try:
     import fcntl
@@ -52,24 +54,39 @@ except ImportError:  # Windows
     fcntl = None
 
 DEMO = Path(__file__).resolve().parent / "demo"
-PATIENCE = datetime.timedelta(hours=24)  # not minutes: ranks wait for each other at the end of a long job
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+PATIENCE = datetime.timedelta(hours=24)  # of ranks that share out clips: they meet once, at the end of a long job
 
 
 # --------------------------------------------------------------------------------------------------------------
 # What every script shares: how it starts, and how it ends when the user's input is at fault.
 
 
-def start_ranks():
-    """(rank, world, device), joining the process group if torchrun started us. CPU ranks talk by gloo, GPUs by NCCL."""
+def start_ranks(wanted: str | None = None, patience: datetime.timedelta = PATIENCE):
+    """(rank, world, device), joining the process group if torchrun started us. CPU ranks talk by gloo, GPUs by NCCL.
+
+    wanted: "cpu", where a GPU shall not be used. An NVIDIA GPU that is there and cannot be used, or is missing for a rank, is an
+    InputError: at a hundredth of the speed, a run would look as if all were well. patience: how long a rank waits for the others."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU that it can use")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or wanted == "cpu"
+    if not hidden and not torch.cuda.is_available() and NVIDIA_DRIVER.exists():
+        driver = NVIDIA_DRIVER.read_text(encoding="utf-8").splitlines()[0]
+        raise InputError(f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use; its CUDA {torch.version.cuda} needs driver 580 or later, "
+                         f"found: {driver}: update it, install torch from a wheel index for an older CUDA, or give --device cpu")  # fmt: skip
+    device = torch.device("cpu") if hidden or not torch.cuda.is_available() else torch.device("cuda", local)
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"rank {local} of this machine has no GPU: found {torch.cuda.device_count()}; lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every batch size and length; flash attention does not
+    torch.set_float32_matmul_precision("highest")  # what is not in bfloat16 is float32 in full: STFTs, losses, scores
     if sys.platform == "linux":  # loaders' processes share the mapped arrays; started afresh, as Python 3.14 has it, each would get a copy
         multiprocessing.set_start_method("fork", force=True)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**options, timeout=patience)
     return (dist.get_rank() if world > 1 else 0), world, device
 
 
@@ -84,6 +101,26 @@ def barrier():
         dist.barrier()
 
 
+class Unbroken:
+    """stdout or stderr whose reader may go away (`| head`, a closed terminal): nothing is shown from then on, and the work goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self) -> None:
+        self.write("")
+
+
 def cli(main) -> None:
     """Run main(); an InputError becomes one line and exit code 2, Ctrl-C and SIGTERM one line and 130 and 143. A rank that fails ends at once,
     and torchrun the others: to leave the process group in order, NCCL would wait for ranks that wait for this one."""
@@ -92,6 +129,7 @@ def cli(main) -> None:
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, interrupt)
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         try:
             main()
@@ -103,9 +141,13 @@ def cli(main) -> None:
             dist.destroy_process_group()
         sys.exit(code)
     except (InputError, torch.OutOfMemoryError) as e:
-        flags = "--micro-batch (train_vae.py), --micro-seconds (train_tts.py), --batch-seconds (prepare.py) or --batch-size (sample.py)"
-        print(f"error: {'' if isinstance(e, InputError) else f'the GPU is out of memory: lower {flags}: '}{e}", file=sys.stderr)
         code = 2
+        flags = "--micro-batch (train_vae.py), --micro-seconds (train_tts.py), --batch-seconds (prepare.py) or --batch-size (sample.py)"
+        message = f"error: {'' if isinstance(e, InputError) else f'the GPU is out of memory: lower {flags}: '}{e}"
+        if int(os.environ.get("RANK", 0)):  # what all ranks find is said once, by the first; then torchrun ends the others as they wait
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(message, file=sys.stderr)
     except KeyboardInterrupt as e:
         print("interrupted: run the command again, a training with --resume", file=sys.stderr)
         code = 128 + (e.args[0] if e.args else signal.SIGINT)
@@ -122,10 +164,14 @@ def lock(folder: Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")
-        if fcntl:
+        try:
+            if not fcntl:
+                raise OSError(errno.ENOSYS, "no file locks")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a loader's process would hold on to
-        else:
-            print(f"this system has no file locks: start no second command that writes to {folder}")
+        except OSError as e:  # Windows; a network's or cluster's file system
+            if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f"this file system has no locks: start no second command that writes to {folder}")
         file.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", file=file, flush=True)
         return file
@@ -196,24 +242,32 @@ def repeat_last(features: torch.Tensor, count: int) -> torch.Tensor:
 class Data:
     """A prepared folder, memory-mapped. Raises InputError if it is missing, incomplete or does not fit what is asked."""
 
-    def __init__(self, folder: str | Path, need: tuple[str, ...] = ("audio",)):
+    def __init__(self, folder: str | Path, need: tuple[str, ...] = ("audio",), vae_hash: str = ""):
+        """need: the arrays to open. Of "latents" there may be several: those of the VAE with this latents_hash(), or else the newest."""
         self.folder = Path(folder)
         if not (self.folder / "meta.json").exists():
             raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out {folder} first")
         self.meta = read_json(self.folder / "meta.json")
+        files = {name: name for name in need}
+        latents = [name for name in self.meta if name.startswith(f"latents-{vae_hash}")]
+        if latents and "latents" in need:
+            files["latents"] = latents[-1]
+            self.meta["latents"] = self.meta[latents[-1]]
         for name in need:
             if name not in self.meta:
                 remedy = {"ssl": "--ssl MODEL", "latents": "--vae RUN", "starts": "--aligner MODEL"}.get(name, "")
                 raise InputError(f"{folder} holds no {name}: run python prepare.py --out {folder} {remedy} first")
         try:
-            lines = (self.folder / "index.tsv").read_text(encoding="utf-8").splitlines()[1:]
+            index = (self.folder / "index.tsv").read_bytes()
+            lines = index.decode().splitlines()[1:]
+            self.identity = f"{zlib.crc32(index):08x}"  # of clips, texts and split
             self.clips = [dict(zip(("id", "split", "speaker", "samples", "text"), line.split("\t"), strict=True)) for line in lines]
             self.rate = self.meta["sample_rate"]
             self.samples = np.array([int(c["samples"]) for c in self.clips])
             self.arrays, self.offsets = {}, {}
             for name in need:
                 shape, offsets = self.meta[name]["shape"], self.offsets_at(self.meta[name]["rate"])
-                path, dtype = self.folder / f"{name}.bin", np.dtype(self.meta[name]["dtype"])
+                path, dtype = self.folder / f"{files[name]}.bin", np.dtype(self.meta[name]["dtype"])
                 found, expected = path.stat().st_size, math.prod(shape) * dtype.itemsize
                 if found != expected or offsets[-1] != shape[0] or self.samples.min(initial=0) < 0:
                     raise ValueError(f"{path} has {found} bytes, expected {expected} in {offsets[-1]} rows")
@@ -233,6 +287,11 @@ class Data:
 
     def split(self, name: str) -> list[int]:
         return [i for i, c in enumerate(self.clips) if c["split"] == name]
+
+    def spread(self, name: str, count: int) -> list[int]:
+        """`count` clips of a split, or all it has, spread evenly over its speakers."""
+        clips = sorted(self.split(name), key=lambda i: (self.clips[i]["speaker"], i))
+        return [clips[round(k)] for k in np.linspace(0, len(clips) - 1, min(count, len(clips)))]
 
     def get(self, name: str, i: int, start: int = 0, count: int | None = None) -> torch.Tensor:
         """Rows start … start + count of clip i, cut at its end; audio as float32 in [-1, 1], all else as float32."""
@@ -352,7 +411,8 @@ def each_chunk(args, name: str, count: int, do, rank: int, world: int) -> list[P
     the marks, which are returned."""
     marks = [args.out / "work" / f"{name}-{k}" for k in range(math.ceil(count / args.chunk))]
     todo = [k for k in range(rank, len(marks), world) if not marks[k].exists()]
-    for k in tqdm(todo, desc=name, unit="chunk", disable=rank > 0, mininterval=1):
+    pace = 1 if sys.stderr.isatty() else 60  # seconds between two sights of the bar: in a file, each is a line
+    for k in tqdm(todo, desc=name, unit="chunk", disable=rank > 0, mininterval=pace):
         note = json.dumps(do(range(count)[k * args.chunk : (k + 1) * args.chunk]))
         write_atomic(marks[k], lambda p: p.write_text(note, encoding="utf-8"))
     barrier()
@@ -415,34 +475,39 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
     write_json(out / "meta.json", meta)
 
 
-def reserve(path: Path, size: int) -> None:
-    """A file of `size` bytes that the disk has room for: written through a map, a full disk would kill the process without a word."""
-    with open(path, "wb") as f:
-        os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.truncate(size)
-
-
 def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int, world: int, dtype="float16") -> tuple[np.memmap, np.ndarray]:
     """A file for array `name` [rows, *width], filled in place: make(part) gives the rows of these clips. Returns it and its offsets.
 
-    Every rank writes its chunks into the one file; what another pass, model or VAE left half-done is removed."""
+    Every rank writes its chunks into the one file; what another pass, model or VAE left half-done is removed. Written, not mapped: a full disk
+    would kill a process that writes through a map, without a word."""
     work, offsets = args.out / "work", data.offsets_at(entry["rate"])
     path, shape = work / f"{zlib.crc32(json.dumps([entry, args.chunk]).encode())}.bin", (int(offsets[-1]), *width)
+    row_bytes = np.dtype(dtype).itemsize * math.prod(width)
     if rank == 0 and not path.exists():
         shutil.rmtree(work, ignore_errors=True)
-        write_atomic(path, lambda p: reserve(p, np.dtype(dtype).itemsize * math.prod(shape)))
+        free, needed = shutil.disk_usage(args.out).free, int(offsets[-1]) * row_bytes
+        if free < needed:
+            raise InputError(f"{name} of {args.out} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left")
+        write_atomic(path, lambda p: p.touch())
     barrier()
-    array = np.memmap(path, dtype, "r+", shape=shape)
 
     def do(part):
-        array[offsets[part.start] : offsets[part.stop]] = make(part).cpu().numpy()
-        array.flush()
+        rows = make(part).cpu().numpy().astype(dtype, copy=False)
+        try:
+            with open(path, "rb+") as f:
+                f.seek(int(offsets[part.start]) * row_bytes)
+                f.write(rows.tobytes())
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            raise InputError(f"cannot write {path}: {e}; what was there before is whole") from e
 
     each_chunk(args, name, len(data.clips), do, rank, world)
-    return array, offsets
+    return np.memmap(path, dtype, "r", shape=shape), offsets
 
 
 def finish(out: Path, name: str, array: np.memmap, entry: dict) -> None:
-    """Move the filled array to its place and enter it in meta.json, in an order that never pairs old numbers with new notes."""
+    """Move the filled array to its place and enter it in meta.json as its newest, in an order that never pairs old numbers with new notes."""
     meta = read_json(out / "meta.json")
     if meta.pop(name, None):
         write_json(out / "meta.json", meta)
@@ -660,22 +725,23 @@ def fill_starts(args, rank: int, world: int, device) -> None:
 def fill_latents(args, rank: int, world: int, device) -> None:
     """The posterior of every clip, and each channel's mean and standard deviation over the training split."""
     data, vae = Data(args.out), SemanticVAE.from_pretrained(args.vae)
-    known, dim, rate = data.meta.get("latents", {}), vae.config.latent_dim, Fraction(data.rate, vae.config.hop)
+    dim, rate = vae.config.latent_dim, Fraction(data.rate, vae.config.hop)
     entry = dict(vae=str(args.vae), vae_hash=vae.latents_hash(), dim=dim, hop=vae.config.hop, rate=str(rate))
-    if known.get("vae_hash") == entry["vae_hash"]:
-        if rank == 0:  # perhaps with another decoder
-            write_json(args.out / "meta.json", data.meta | dict(latents=known | dict(vae=entry["vae"])))
+    name = f"latents-{entry['vae_hash']}"
+    if known := data.meta.pop(name, None):
+        if rank == 0:  # now the newest, and perhaps with another decoder
+            write_json(args.out / "meta.json", data.meta | {name: known | dict(vae=entry["vae"])})
         return
     if vae.config.sample_rate != data.rate:
         raise InputError(f"{args.vae} works at {vae.config.sample_rate} Hz, {args.out} holds {data.rate} Hz")
     if not data.split("train"):
         raise InputError(f"{args.out} holds no training clips, over which the latents' statistics run")
-    vae.to(device)
+    fold_weight_norm(vae).to(device)
 
     def make(part):
         return torch.cat([torch.stack(vae.encode(data.get("audio", i)[None].to(device)), 2)[0] for i in part]).half()  # [N, 2, D]
 
-    array, offsets = fill(data, args, "latents", entry, (2, dim), make, rank, world)
+    array, offsets = fill(data, args, name, entry, (2, dim), make, rank, world)
     if rank == 0:
         moments, count = np.zeros((2, dim)), 0
         for i in data.split("train"):  # z = mean + ε · std has the moments E[mean] and E[mean² + std²]
@@ -685,7 +751,11 @@ def fill_latents(args, rank: int, world: int, device) -> None:
         std = np.sqrt(square - mean**2)
         if not np.isfinite(std).all():
             raise InputError(f"the latents of {args.vae} are not finite: train it again")
-        finish(args.out, "latents", array, entry | dict(mean=mean.tolist(), std=std.tolist()))
+        constant = np.flatnonzero(std < 1e-4)
+        if len(constant):
+            print(f"latent channels {constant.tolist()} of {args.vae} never change: they are not scaled")
+            std[constant] = 1
+        finish(args.out, name, array, entry | dict(mean=mean.tolist(), std=std.tolist()))
 
 
 def parse_args(argv=None):
@@ -722,9 +792,10 @@ def main(argv=None):
     rank, world, device = start_ranks()
     out, held = args.out, lock(args.out) if rank == 0 else None
     if args.download:
-        if rank == 0:
-            download(args.download, args.download_to)
-        barrier()
+        for turn in (rank == 0, rank > 0 and os.environ.get("LOCAL_RANK") == "0"):  # then once on every node that shares no disk with the first
+            if turn:
+                download(args.download, args.download_to)
+            barrier()
         args.source += download(args.download, args.download_to)
     if args.source:
         clips = [(f"{s}:{c[0]}" if len(args.source) > 1 else c[0], *c[1:]) for s in args.source for c in list_clips(s)]
@@ -757,7 +828,7 @@ def main(argv=None):
             print(f"dropped {name}: {why}")
         for why, count in sorted(Counter(why for _, why in dropped).items()):
             print(f"dropped {count}: {why} (all listed in {out / 'dropped.tsv'})")
-        has = ", ".join(f"{name} {meta[name]['shape']}" for name in ("audio", "ssl", "starts", "latents") if name in meta)
+        has = ", ".join(f"{name} {entry['shape']}" for name, entry in meta.items() if isinstance(entry, dict))
         print(f"{out}: {meta['clips']} clips, {meta['hours']:.2f} hours, {meta['speakers']} speakers; {has}")
 
 

@@ -14,9 +14,11 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import json
 import math
 import os
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,8 @@ from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, at_rate, conv_head, duration_loss, flow_matching_loss
 from prepare import DEMO, Data, cli, has_bfloat16, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
-from train_vae import Log, Means, Stop, compiled, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
+from train_vae import (DRAWS, ORDER, STALLED, Log, Means, Speed, Stop, check_run, compiled, forward_flops, guarded_step, leave_signals_to_the_trainer,
+                       load_state, read_args, save_args, save_run, stopped_at, update_ema)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------
 # Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.
@@ -63,7 +66,7 @@ class Utterances(torch.utils.data.Dataset):
     @functools.lru_cache(2)  # every step asks, and the loader runs ahead
     def epoch(self, epoch: int) -> list[list[list[int]]]:
         """The examples of an epoch's steps, each step's shortest first: sorted by length with some jitter, cut into equal sums, shuffled."""
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([ORDER, self.seed, epoch])
         runs = self.examples(rng)
         length = np.array([sum(self.frames[i] for i in run) for run in runs])
         order = np.argsort(length * rng.uniform(0.9, 1.1, len(runs)), kind="stable")
@@ -79,7 +82,7 @@ class Utterances(torch.utils.data.Dataset):
         """key (step, run of clips) → one example with all of its random draws: to be generated is a span of 70 to 100 % of the frames, at a
         random place; what is left on either side is the prompt. Hidden are prompt and text in 20 % of the examples, else the prompt in 30 %."""
         step, run = key
-        rng = np.random.default_rng([self.seed, 1, step + 1, run[0]])
+        rng = np.random.default_rng([DRAWS, self.seed, step + 1, run[0]])
         rows = torch.cat([self.data.get("latents", i) for i in run])  # [N, 2, D]
         n, shape = len(rows), rows[:, 0].shape
         normal = lambda: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
@@ -122,14 +125,23 @@ class MicroBatches:
 
     def parts(self, step: int) -> list[list]:
         runs = self.examples.step(step)
-        longest = sum(self.examples.frames[i] for i in runs[-1])
-        accumulate = math.ceil(longest * len(runs) / (self.micro_frames * self.world))
-        accumulate = max(1, min(accumulate, len(runs) // self.world))
         if len(runs) < self.world:
             raise InputError(f"a step holds {len(runs)} utterance(s), which {self.world} ranks cannot share: raise --batch-seconds")
-        bounds = np.linspace(0, len(runs), accumulate * self.world + 1).astype(int)
+        lengths = np.array([sum(self.examples.frames[i] for i in run) for run in runs])  # ascending
+        for accumulate in range(1, len(runs) // self.world + 1):
+            bounds = self.cut(lengths, accumulate * self.world)
+            if max((b - a) * lengths[b - 1] for a, b in zip(bounds, bounds[1:])) <= self.micro_frames:
+                break
         parts = [runs[a:b] for a, b in zip(bounds, bounds[1:])]
         return parts[self.rank * accumulate : (self.rank + 1) * accumulate]
+
+    @staticmethod
+    def cut(lengths: np.ndarray, count: int) -> np.ndarray:
+        """Bounds [count + 1] of parts with equal sums of lengths, and at least one utterance each: no rank waits for another."""
+        ends, order = lengths.cumsum(), np.arange(count + 1)
+        bounds = np.searchsorted(ends - lengths / 2, order * ends[-1] / count)
+        bounds = np.maximum.accumulate(bounds - order) + order
+        return np.minimum(bounds, len(lengths) - count + order)
 
     def padding(self, steps: int = 20) -> float:
         """Share of padding in what this rank computes, over the first steps of the training."""
@@ -204,7 +216,7 @@ def validate(dit: DiT, examples: Utterances, device, clips: int = 32) -> float:
 def fixed_requests(data: Data, count: int) -> list[Request]:
     """Validation clips spread over the split, each to be said after another validation clip of its speaker (of itself, if there is none)."""
     valid, requests = data.split("valid"), []
-    for i in valid[:: max(1, len(valid) // max(1, count))][:count]:
+    for i in data.spread("valid", count):
         speaker = data.clips[i]["speaker"]
         others = [j for j in valid if data.clips[j]["speaker"] == speaker and j != i]
         prompt = others[0] if others else i
@@ -222,7 +234,7 @@ def parse_args(argv=None):
     parser.add_argument("--align-hidden", action=argparse.BooleanOptionalAction, default=False, help="align the DiT's hidden states with text and SSL features while it trains (A-DMA)")
     parser.add_argument("--join", type=int, default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
     parser.add_argument("--batch-seconds", type=float, default=3240, help="audio in one update, over all ranks (default %(default)s: 0.9 h)")
-    parser.add_argument("--micro-seconds", type=float, default=405, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
+    parser.add_argument("--micro-seconds", type=float, default=450, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
     parser.add_argument("--lr", type=float, default=7.5e-5, help="peak learning rate, whatever the number of ranks (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=20_000, help="steps to the peak; then linear decay to 0 at --steps (default %(default)s)")
     parser.add_argument("--clip", type=float, default=1, help="largest gradient norm (default %(default)s)")
@@ -237,14 +249,20 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, device = start_ranks()
+    rank, world, device = start_ranks(args.device, STALLED)
     held, stop = lock(args.out) if rank == 0 else None, Stop()
-    dit = DiT.from_pretrained(args.init).train() if args.init else None
-    place = dit.config.text_place if dit else args.text_place or PRESETS[args.preset]["dit"].get("text_place", "left")
+    source = args.out if args.resume else args.init  # a run that goes on needs no longer what it began with
+    dit = DiT.from_pretrained(source).train() if source else None
+    place = dit.config.text_place if dit else args.text_place or PRESETS[args.preset or "demo"]["dit"].get("text_place", "left")
     if args.text_place not in (None, place):
-        raise InputError(f"{args.init} has its text placed {place}, not {args.text_place}: drop --text-place")
-    data = Data(args.data, ("audio", "latents") + ("starts",) * (place == "aligned") + ("ssl",) * args.align_hidden)
+        raise InputError(f"{source} has its text placed {place}, not {args.text_place}: drop --text-place")
+    vae_hash = getattr(args, "facts", {}).get("latents", "") if args.resume else SemanticVAE.from_pretrained(args.vae).latents_hash() if args.vae else ""
+    data = Data(args.data, ("audio", "latents") + ("starts",) * (place == "aligned") + ("ssl",) * args.align_hidden, vae_hash)
     latents = data.meta["latents"]
+    statistics = zlib.crc32(json.dumps([latents["mean"], latents["std"]]).encode())
+    aligner = data.meta["starts"]["revision"] if place == "aligned" else None
+    teacher = data.meta["ssl"] if args.align_hidden else None
+    check_run(args, data, device, latents=latents["vae_hash"], statistics=statistics, placement=place, aligner=aligner, teacher=teacher)
     torch.manual_seed(args.seed)
 
     # ---- data, and the VAE that will decode the samples: it must be the one that made the latents
@@ -262,13 +280,13 @@ def main(argv=None):
     # ---- network and optimiser
     facts = dict(latent_dim=latents["dim"], sample_rate=data.rate, hop=latents["hop"], text=data.meta["text"],
                  max_seconds=longest, vae_hash=latents["vae_hash"])  # fmt: skip
-    if args.init:
+    if dit:
         found = {name: getattr(dit.config, name) for name in facts}
         for name in ("latent_dim", "sample_rate", "hop", "text"):
             if found[name] != facts[name]:
-                raise InputError(f"{args.init} was trained with {name} {found[name]}, {args.data} has {facts[name]}")
+                raise InputError(f"{source} was trained with {name} {found[name]}, {args.data} has {facts[name]}")
         if rank == 0 and found["vae_hash"] != facts["vae_hash"]:
-            print(f"{args.init} spoke in latents of VAE {found['vae_hash']}: it has to learn those of {facts['vae_hash']}")
+            print(f"{source} spoke in latents of VAE {found['vae_hash']}: it has to learn those of {facts['vae_hash']}")
         dit.config = dataclasses.replace(dit.config, **facts)
     else:
         settings = PRESETS[args.preset]["dit"] | facts | dict(text_place=place)
@@ -284,14 +302,15 @@ def main(argv=None):
     first, means = state["step"], Means(state["means"], device)
 
     micro = MicroBatches(train, first, args.steps, args.micro_seconds, rank, world)
-    loader = iter(torch.utils.data.DataLoader(train, batch_sampler=micro, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    loader = iter(torch.utils.data.DataLoader(train, batch_sampler=micro, collate_fn=collate, num_workers=args.workers,
+                                              worker_init_fn=leave_signals_to_the_trainer, pin_memory=device.type == "cuda"))  # fmt: skip
     asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
     requests = fixed_requests(data, args.eval_sentences)
     notes = dict(vae=os.path.relpath(vae_folder, args.out) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"],
                  sampling=dict(steps=args.sample_steps, cfg=args.sample_cfg))  # fmt: skip
     if rank == 0:
         save_args(args)
-        log = Log(args.out / "log.csv", ["step", "loss", "durations", "hidden", "grad", "skipped", "lr", "seconds", "valid_loss", "cer", "wer", "intelligible"], first)
+        log = Log(args.out / "log.csv", ["step", "loss", "durations", "hidden", "grad", "skipped", "lr", "seconds", "audio", "memory", "mfu", "valid_loss", "cer", "wer", "intelligible"], first)
         print(f"{device}, {world} rank(s); DiT {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters; {len(train.clips)} clips, {data.meta['hours']} h; "
               f"about {args.batch_seconds} s a step, {train.groups} steps an epoch; padding {micro.padding():.1%} of what is computed")  # fmt: skip
         examples = [train[(0, run)]["x"] for run in train.step(0)[:64]]
@@ -303,11 +322,15 @@ def main(argv=None):
     # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     with autocast():
-        example = moved(collate([train[(0, run)] for run in train.step(0)[:2]]), device)
-        # Compiled with the text's placement, or with its states read, the DiT's backward pass fails at the second shape (torch 2.11).
-        objective = compiled(Objective(dit, hidden), args.compile and not hidden, *example, part=dit)
+        runs = [run for step in range(train.groups) for run in train.step(step)][:2]  # one alone would be compiled for one
+        example = moved(collate([train[(0, run)] for run in runs]), device)
+        objective = Objective(dit, hidden)
+        flops = forward_flops(objective, *example) / float(sum(example[5]) / train.rate)  # a second of audio
+        objective = compiled(objective, args.compile, *example, parts=dit.transformer_blocks)
+    speed = Speed(device, flops)
     if world > 1:
-        objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
+        where = [device.index] if device.type == "cuda" else None
+        objective = DistributedDataParallel(objective, device_ids=where, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # ---- the largest micro-batch of the next steps first: if memory runs out, then now
     padded = lambda runs: len(runs) * max(sum(train.frames[i] for i in run) for run in runs)
@@ -318,8 +341,8 @@ def main(argv=None):
     optimizer.zero_grad()
 
     heard_at = lambda step, part: [data.clips[i]["id"] for run in micro.parts(step)[part] for i in run]
-    start, began, intelligible = time.time() - state["seconds"], time.time(), state["intelligible"]
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="tts")
+    start, intelligible = time.time() - state["seconds"], state["intelligible"]
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0 or None, mininterval=1, desc="tts")
     for step in bar:
         warm, decay = (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.steps - args.warmup)
         rate = args.lr * min(warm, decay)  # a pure function of the step
@@ -347,11 +370,10 @@ def main(argv=None):
         # ---- log, evaluate, save: in this order, so that a checkpoint never lacks the rows before it
         done, last, stopped = step + 1, step + 1 == args.steps, stop.agreed()
         logging, evaluating = done == 1 or done % args.log_every == 0 or last, done == 1 or done % args.eval_every == 0 or last
-        if device.type == "cuda" and rank == 0 and step == first:
-            tqdm.write(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB with the largest micro-batch of the first steps")
+        speed.audio += args.batch_seconds
         if logging:
             means.report_skipped(done, heard_at)
-            row = means.read(world)
+            row = means.read(world) | speed.row(world)
         if evaluating and rank == 0:
             scores = dict(valid_loss=validate(ema, valid, device))
             try:
@@ -370,8 +392,7 @@ def main(argv=None):
                 scores["intelligible"] = round(intelligible, 1)
         if rank == 0 and (logging or evaluating):
             log.row(step=done, **(row if logging else {}), lr=rate, seconds=round(time.time() - start, 1), **(scores if evaluating else {}))
-            pace = (done - first) / (time.time() - began)  # steps a second, evaluations included
-            bar.set_postfix(loss=f"{total.item():.3f}", audio=f"{args.batch_seconds * pace:.0f} s/s")
+            bar.set_postfix(loss=f"{total.item():.3f}")
         if evaluating and (step > 0 or last) or stopped:
             gathered = means.state(world)
             if rank == 0:

@@ -13,7 +13,9 @@ import argparse
 import contextlib
 import copy
 import csv
+import datetime
 import functools
+import io
 import math
 import os
 import shutil
@@ -26,17 +28,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.fx.experimental._config
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import (PRESETS, InputError, LogMel, SemanticVAE, VAEConfig, alignment_loss, at_rate, conv_head, kl_loss, load_torch, read_json,
                    upward_alignment_loss, write_atomic, write_json)  # fmt: skip
-from prepare import PATIENCE, Data, SSLModel, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
+from prepare import Data, SSLModel, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -208,6 +212,7 @@ def generator_losses(fake, real):
 # --------------------------------------------------------------------------------------------------------------
 # Data: crop number k of the whole training is a pure function of (seed, k), whatever the ranks, workers and resumptions.
 
+ORDER, DRAWS = 1, 2  # what a stream of random numbers is for stands before its seed: numpy pads seeds with zeros, [s, 1] and [s, 1, 0] are one
 
 class Crops(torch.utils.data.Dataset):
     """Crops of the training clips, with the SSL frames of the same moments and the noise that will sample their latents."""
@@ -229,14 +234,14 @@ class Crops(torch.utils.data.Dataset):
 
     @functools.lru_cache(2)  # every crop asks
     def order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))
+        return np.random.default_rng([ORDER, self.seed, epoch]).permutation(len(self.clips))
 
     def clip(self, k: int) -> int:
         epoch, position = divmod(k, len(self.clips))
         return self.clips[self.order(epoch)[position]]
 
     def __getitem__(self, k: int):
-        clip, rng = self.clip(k), np.random.default_rng([self.seed, 1, k])
+        clip, rng = self.clip(k), np.random.default_rng([DRAWS, self.seed, k])
         whole = frame_count(int(self.data.samples[clip]), self.data.rate, Fraction(self.data.rate, self.hop))
         start = self.grid * int(rng.integers(0, max(0, whole - self.frames) // self.grid + 1))  # inside the clip where it is long enough
         wave = self.data.get("audio", clip, start * self.hop, self.frames * self.hop)
@@ -274,7 +279,7 @@ class CropNumbers:
     def parts(self, step: int) -> list[list[int]]:
         early = min(step, self.early_steps)
         share = (self.early_per_step if step < self.early_steps else self.per_step) // self.world
-        micro = math.gcd(share, self.micro)
+        micro = next(n for n in range(min(self.micro, share), 0, -1) if share % n == 0)  # the largest that divides the share
         first = early * self.early_per_step + (step - early) * self.per_step + self.rank * share
         return [list(range(k, k + micro)) for k in range(first, first + share, micro)]
 
@@ -286,18 +291,20 @@ class CropNumbers:
 # --------------------------------------------------------------------------------------------------------------
 # The run: what both training scripts need around their loops.
 
+STALLED = datetime.timedelta(minutes=30)  # a rank that another waits for this long hangs
 
 def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> argparse.Namespace:
     """The flags, with those that both trainings share. Below them what --resume finds in the run folder, or else the preset's settings."""
-    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="the network's size, and settings in place of the defaults shown here, which are the paper's (default %(default)s)")
+    parser.add_argument("--preset", choices=list(PRESETS), help="the network's size, and settings in place of the defaults shown here, which are the paper's (default: for the demo's data demo)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
     parser.add_argument("--steps", type=int, default=600_000, help="updates (default %(default)s)")
     parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
     parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
-    parser.add_argument("--keep", type=int, default=0, help="also keep the averaged weights of so many evaluations, as OUT/step0005000 (default %(default)s)")
+    parser.add_argument("--keep", type=int, default=0, help="also keep the last so many checkpoints whole, as OUT/step0005000, to go back to (default %(default)s)")
     parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
     parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="matrix products in bfloat16 (default: where that is faster, here %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     known, _ = parser.parse_known_args(argv)
     saved = known.out / "args.json"
@@ -308,8 +315,28 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> a
     else:
         if (known.out / "state.pt").exists():
             raise InputError(f"{known.out} already holds a run: add --resume to go on with it, or choose another --out")
-        parser.set_defaults(**PRESETS[known.preset][kind])
+        parser.set_defaults(**PRESETS[known.preset or "demo"][kind])
     return parser.parse_args(argv)
+
+
+def check_run(args, data: Data, device, **facts) -> None:
+    """Refuse what would waste hours: no preset for a user's own data, a GPU's preset on a CPU, a warm-up that never ends, and a resumed run under
+    which its data have changed. facts: what the run learns from, by name; kept in args.json."""
+    demo = all(Path(source).parts[-2:] == ("demo", "corpus") for source in data.meta["sources"])
+    if not args.preset and not demo:
+        raise InputError(f"{args.data} is not the demo's: choose a --preset: {', '.join(PRESETS)}")
+    args.preset = args.preset or "demo"
+    if device.type == "cpu" and args.preset != "demo" and args.device != "cpu":
+        raise InputError(f"--preset {args.preset} is made for GPUs, and none was found: --device cpu trains it on this CPU, which takes for ever")
+    warmup = getattr(args, "warmup", 0)
+    if args.steps <= warmup:
+        raise InputError(f"--steps {args.steps} ends within the --warmup of {warmup} steps: lower --warmup or raise --steps")
+    facts = dict(data=data.identity, normalisation=data.meta["text"]) | facts
+    for name, value in facts.items():
+        before = getattr(args, "facts", facts).get(name, value)
+        if before != value:
+            raise InputError(f"{args.out} learned with {name} {before}, {args.data} now has {value}: give the --data of before, or begin anew in another --out")
+    args.facts = facts
 
 
 def save_args(args) -> None:
@@ -328,15 +355,19 @@ def load_state(path: Path, modules: dict) -> dict:
 
 
 def save_run(out: Path, step: int, model, notes: dict, modules: dict, means: dict, keep: int, **more) -> None:
-    """The averaged weights for sampling, also as out/step0005000 where the last `keep` of them stay, and all that --resume needs."""
-    model.save_pretrained(out, **notes, step=step)
-    if keep:
-        vae = dict(vae=os.path.join("..", notes["vae"])) if (out / notes.get("vae", "/nowhere")).is_dir() else {}
-        model.save_pretrained(out / f"step{step:07d}", **notes | vae, step=step)
-        for old in sorted(out.glob("step???????"))[:-keep]:
-            shutil.rmtree(old)
+    """The averaged weights for sampling, and all that --resume needs. Of the last `keep` checkpoints both also stay in OUT/step0005000: a
+    training that has collapsed goes on from there with --resume --out OUT/step0005000."""
     state = dict(step=step, means=means, **more, **{name: module.state_dict() for name, module in modules.items()})
-    write_atomic(out / "state.pt", lambda p: torch.save(state, p))
+    for folder in [out, out / f"step{step:07d}"][: 2 if keep else 1]:
+        vae = notes.get("vae", "")
+        moved = dict(vae=os.path.join("..", vae)) if folder != out and vae and (out / vae).is_dir() else {}
+        model.save_pretrained(folder, **notes | moved, step=step)
+        write_atomic(folder / "state.pt", lambda p: torch.save(state, p))
+    if keep:
+        for name in ("args.json", "log.csv"):
+            shutil.copyfile(out / name, folder / name)
+        for old in sorted(out.glob("step???????"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class Log:
@@ -344,7 +375,8 @@ class Log:
 
     def __init__(self, path: Path, columns: list[str], step: int):
         self.path, self.columns = path, columns
-        rows = list(csv.DictReader(open(path, encoding="utf-8"))) if step and path.exists() else []
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if step and path.exists() else ""  # a crash may leave a part of a line
+        rows = csv.DictReader(io.StringIO(whole))
         text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in rows if int(r["step"]) <= step)])
         write_atomic(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
@@ -398,6 +430,38 @@ class Means:
                 raise InputError(f"step {done}: five updates in a row were left out, since losses or gradients were not finite: lower --lr, or take out the clips named above, and --resume")
 
 
+MATRIX_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # dense bfloat16, by the makers' data
+
+
+def forward_flops(module: nn.Module, *example) -> int:
+    """Operations of one forward pass, counted without a compiler."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*example)
+    return counter.get_total_flops()
+
+
+class Speed:
+    """For the log: seconds of audio a second, peak memory in GB on a GPU, and where the GPU's rate is known the share of it that is used
+    (MFU): three times the operations of the forward pass, for backward costs two."""
+
+    def __init__(self, device, flops: float):
+        """flops: of a forward pass of all ranks over one second of audio."""
+        self.device, self.flops, self.audio, self.begun = device, flops, 0.0, time.time()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.rate = next((1e12 * rate for part, rate in MATRIX_TFLOPS.items() if part in name), None)
+
+    def row(self, world: int) -> dict[str, float]:
+        """Of the time since the last row."""
+        pace = self.audio / (time.time() - self.begun)
+        self.audio, self.begun = 0.0, time.time()
+        row = dict(audio=pace)
+        if self.device.type == "cuda":
+            row["memory"] = torch.cuda.max_memory_allocated() / 1e9
+        if self.rate:
+            row["mfu"] = 3 * pace * self.flops / (self.rate * world)
+        return row
+
+
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """ema ← d · ema + (1 − d) · model with d rising from 0 to `decay`, so that short runs are not stuck at their start."""
@@ -405,38 +469,54 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def compiled(module: nn.Module, wanted: bool, *example, part: nn.Module | None = None):
-    """The module under torch.compile, tried on an example, forward and backward; itself, with a line that says why, if that fails. Where a
-    part is named, that alone is compiled, in its place and for all shapes."""
+def compiled(module: nn.Module, wanted: bool, *example, parts=None):
+    """The module under torch.compile, tried on an example, forward and backward; itself, with a line that says why, if that fails. Where parts
+    are named, they alone are compiled, in their places and for all shapes: alike, they share one graph, and training begins in seconds."""
     if not wanted:
         return module
+    torch._dynamo.config.optimize_ddp = False  # would split graphs by DDP's buckets, and cannot where shapes are dynamic
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that agree in one batch may differ in the next
+    begun = time.time()
     try:
-        fast = module if part else torch.compile(module, dynamic=False)
-        if part:
+        fast = module if parts else torch.compile(module, dynamic=False)
+        for part in parts or ():
             part.compile(dynamic=True)
         torch.autograd.backward([y.sum() for y in tree_leaves(fast(*example)) if torch.is_tensor(y) and y.requires_grad])
+        tqdm.write(f"compiled in {time.time() - begun:.0f} s")
         return fast
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever the compiler raises, training can go on without it
         tqdm.write(f"torch.compile cannot run here ({type(e).__name__}: {str(e).splitlines()[0][:120]}): training goes on eagerly")
-        if part:
+        for part in parts or ():
             part._compiled_call_impl = None
         return module
     finally:
         module.zero_grad()
 
 
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """For loader processes: a signal to the whole process group must not kill them in the middle of the step that is to be finished."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stop:
-    """For loops that need not be interrupted in the middle: SIGTERM and Ctrl-C are noted, and all ranks stop after the same step."""
+    """For loops that need not be interrupted in the middle: SIGTERM, Ctrl-C and a closed terminal are noted, and all ranks stop after the same
+    step. A second Ctrl-C is at once; a second SIGTERM is not, since schedulers send it to torchrun and to the ranks alike."""
 
     def __init__(self):
         self.number = 0
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None  # the CPUs agree, no GPU is waited for
-        signal.signal(signal.SIGTERM, self.note), signal.signal(signal.SIGINT, self.note)
+        self.group = dist.new_group(backend="gloo", timeout=STALLED) if dist.is_initialized() else None  # the CPUs agree, no GPU is waited for
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.note)
 
     def note(self, number, frame):
-        if self.number:  # twice: at once
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt(number)
         self.number = number
 
@@ -548,18 +628,20 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, device = start_ranks()
+    rank, world, device = start_ranks(args.device, STALLED)
+    torch.backends.cudnn.benchmark = True  # all batches are alike
     held, stop = lock(args.out) if rank == 0 else None, Stop()
     with_ssl = args.align_weight > 0 and not args.mel
     data = Data(args.data, ("audio", "ssl") if with_ssl and not args.ssl_online else ("audio",))
     teacher = load_teacher(args.ssl_online, args.ssl_layer, data.rate, device) if with_ssl and args.ssl_online else None
     ssl = None if not with_ssl else data.meta["ssl"] if not teacher else teacher.facts() | dict(context=args.ssl_context)
     layers = ssl.get("layers", 1) if ssl else 1  # folders made before this was noted hold one
+    check_run(args, data, device, teacher=ssl)
     torch.manual_seed(args.seed)
 
     # ---- networks and optimisers
-    if args.init:
-        vae = SemanticVAE.from_pretrained(args.init).train()
+    if args.resume or args.init:  # a run that goes on needs no longer what it began with
+        vae = SemanticVAE.from_pretrained(args.out if args.resume else args.init).train()
         if args.latent_dim and args.latent_dim != vae.config.latent_dim:
             raise InputError(f"{args.init} has latents of {vae.config.latent_dim} dimensions, not {args.latent_dim}: drop --latent-dim")
         found, expected = (vae.config.ssl_layers * vae.config.ssl_dim, vae.config.align), (ssl["dim"], args.align) if with_ssl else None
@@ -603,12 +685,13 @@ def main(argv=None):
         if count % world and (early or flag == "--batch-seconds"):
             raise InputError(f"{flag} {value} is {count} crops of {seconds} s, which {world} ranks cannot share evenly")
     numbers = CropNumbers(range(first, args.steps), per_step, early, per_early_step, args.micro_batch, rank, world)
-    loader = iter(torch.utils.data.DataLoader(crops, batch_sampler=numbers, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    loader = iter(torch.utils.data.DataLoader(crops, batch_sampler=numbers, num_workers=args.workers, worker_init_fn=leave_signals_to_the_trainer,
+                                              pin_memory=device.type == "cuda"))
     weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight, teacher=args.teacher_weight)
 
     if rank == 0:
         save_args(args)
-        columns = ["step", "loss", *weights, "wave", "disc", "grad", "grad_d", "skipped", "lr", "seconds", "valid_mel", "valid_stft"]
+        columns = ["step", "loss", *weights, "wave", "disc", "grad", "grad_d", "skipped", "lr", "seconds", "audio", "memory", "mfu", "valid_mel", "valid_stft"]
         log = Log(args.out / "log.csv", columns, first)
         micro = len(numbers.parts(args.steps)[0])
         accumulate = per_step // world // micro
@@ -618,7 +701,8 @@ def main(argv=None):
 
     # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    wrap = lambda m: DistributedDataParallel(m, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else m
+    where = [device.index] if device.type == "cuda" else None
+    wrap = lambda m: DistributedDataParallel(m, device_ids=where, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else m
     hold = lambda module, last: contextlib.nullcontext() if last or world == 1 else module.no_sync()  # ranks' gradients are summed once a step
 
     def begin(step: int):
@@ -642,7 +726,7 @@ def main(argv=None):
 
     with autocast():
         example = torch.zeros(len(numbers.parts(args.steps)[0]), crops.frames * vae.config.hop, device=device)
-        ddp_d = wrap(compiled(discriminators, args.compile and device.type == "cuda", example))
+        ddp_d = wrap(compiled(discriminators, args.compile and device.type == "cuda" and args.adv_weight > 0, example))
     fast_d = ddp_d.module if world > 1 else ddp_d
     network, learns = begin(first)
 
@@ -650,9 +734,13 @@ def main(argv=None):
         with autocast():
             return network(batch["wave"], batch["noise"], batch.get("ssl") if learns or not early else None)
 
-    start, clips = time.time() - state["seconds"], data.split("valid")[: args.eval_clips]
+    crop = torch.zeros(1, crops.frames * vae.config.hop, device=device)
+    noise = torch.zeros(1, crops.frames, vae.config.latent_dim, device=device)
+    flops = forward_flops(vae, crop, noise) + 3 * forward_flops(discriminators, crop)  # forward and backward in both steps, and again on the real
+    speed = Speed(device, flops / seconds)
+    start, clips = time.time() - state["seconds"], data.spread("valid", args.eval_clips)
     heard_at = lambda step, part: [data.clips[crops.clip(k)]["id"] for k in numbers.parts(step)[part]]
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, mininterval=1, desc="vae")
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0 or None, mininterval=1, desc="vae")
     for step in bar:
         # ---- rates are pure functions of the step: resuming needs no scheduler state
         encoder_first = step < early
@@ -723,11 +811,10 @@ def main(argv=None):
         turning = done == early  # what has gathered is of other terms than what will
         logging = done == 1 or done % args.log_every == 0 or last or turning
         evaluating = done % args.eval_every == 0 or last or turning
-        if device.type == "cuda" and rank == 0 and step in (first, early):
-            tqdm.write(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, in every step: all batches are alike")
+        speed.audio += seconds * (per_early_step if encoder_first else per_step)
         if logging:
             means.report_skipped(done, heard_at)
-            row = means.read(world)
+            row = means.read(world) | speed.row(world)
         if evaluating and rank == 0:
             scores = evaluate(ema, reader if encoder_first else None, data, clips, mel, device, args.out / "samples", done)
         if rank == 0 and (logging or evaluating):
