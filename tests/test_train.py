@@ -489,21 +489,23 @@ def test_compile_that_cannot_run_says_so_and_goes_on(world, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("place, bf16", [("left", False), ("aligned", True)])
 def test_compiled_dit_learns_from_every_length(place, bf16):
-    """Really compiled, for all shapes at once: losses and gradients of two batches, of which the second is of another
-    shape, are the eager ones; with aligned text the durations' too, which stay outside."""
+    """Its blocks really compiled, for all shapes at once: losses and gradients of two batches, of which the second is of another
+    shape, are the eager ones; with aligned text the durations' too, and those of heads that read the states between blocks."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     aligned, near = place == "aligned", 3e-2 if bf16 else 1e-4
-    dit = DiT(DiTConfig(latent_dim=4, width=16, depth=1, heads=2, text_dim=8, text_layers=1, text_place=place))
-    torch.nn.init.normal_(dit.proj_out.weight)  # 0 at first, and with it most gradients
-    eager = train_tts.Objective(dit)
+    dit = DiT(DiTConfig(latent_dim=4, width=16, depth=3, heads=2, text_dim=8, text_layers=1, text_place=place))
+    for linear in (dit.proj_out, *(block.attn_norm.linear for block in dit.transformer_blocks)):
+        torch.nn.init.normal_(linear.weight, std=0.3)  # 0 at first, and with it most gradients
+    eager = train_tts.Objective(dit, train_tts.HiddenAlignment(dit.config, 6, 32) if aligned else None)
     fast = copy.deepcopy(eager)
-    fast.dit.compile(dynamic=True)
+    for block in fast.dit.transformer_blocks:
+        block.compile(dynamic=True)
     for b, n in ((2, 50), (3, 41)):
         x, noise, keep = torch.randn(b, n, 4), torch.randn(b, n, 4), torch.zeros(b, dtype=torch.bool)
         lengths, span = torch.tensor([n, *[n - 7] * (b - 1)]), torch.ones(b, n, dtype=torch.bool)
         starts = (torch.rand(b, 20) * (n - 7)).sort().values if aligned else None
-        batch = (x, noise, torch.rand(b), span, torch.randint(0, 256, (b, 20)), lengths, keep, keep, starts)
+        batch = (x, noise, torch.rand(b), span, torch.randint(0, 256, (b, 20)), lengths, keep, keep, starts, torch.randn(b, n, 6))
         results = []
         for objective in (eager, fast):
             objective.zero_grad()
@@ -511,7 +513,7 @@ def test_compiled_dit_learns_from_every_length(place, bf16):
                 losses, _ = objective(*batch)
             losses.sum().backward()
             results.append([losses.detach(), *(p.grad.clone() for p in objective.parameters() if p.grad is not None)])
-        assert len(results[0]) == len(results[1]) and (results[0][0] > 0).tolist() == [True, aligned, False]
+        assert len(results[0]) == len(results[1]) and (results[0][0] > 0).tolist() == [True, aligned, aligned]
         assert all(torch.allclose(a, b, rtol=near, atol=near * b.abs().max().item()) for a, b in zip(*results))
 
 
