@@ -52,6 +52,7 @@ except ImportError:  # Windows
     fcntl = None
 
 DEMO = Path(__file__).resolve().parent / "demo"
+WORK = ".prepare"  # scratch space in --out, removed in the end: a name that no folder of the user's has
 PATIENCE = datetime.timedelta(hours=24)  # not minutes: ranks wait for each other at the end of a long job
 
 
@@ -329,7 +330,7 @@ def download(subsets: str, root: Path) -> list[Path]:
     for name in subsets.split(","):
         corpus, _, subset = name.rpartition(":")
         dataset, inside = (torchaudio.datasets.LIBRISPEECH, "LibriSpeech") if corpus == "librispeech" else (torchaudio.datasets.LIBRITTS, "LibriTTS")
-        partial, folder = root / "partial", root / inside / subset
+        partial, folder = root / WORK, root / inside / subset
         if not folder.is_dir():
             shutil.rmtree(partial / inside / subset, ignore_errors=True)  # torchaudio would take a half unpacked one for the whole
             partial.mkdir(parents=True, exist_ok=True)
@@ -350,7 +351,7 @@ def download(subsets: str, root: Path) -> list[Path]:
 def each_chunk(args, name: str, count: int, do, rank: int, world: int) -> list[Path]:
     """do(part) for this rank's share of the clips 0 … count-1, args.chunk at a time, that is not marked as done. What it returns stands in
     the marks, which are returned."""
-    marks = [args.out / "work" / f"{name}-{k}" for k in range(math.ceil(count / args.chunk))]
+    marks = [args.out / WORK / f"{name}-{k}" for k in range(math.ceil(count / args.chunk))]
     todo = [k for k in range(rank, len(marks), world) if not marks[k].exists()]
     for k in tqdm(todo, desc=name, unit="chunk", disable=rank > 0, mininterval=1):
         note = json.dumps(do(range(count)[k * args.chunk : (k + 1) * args.chunk]))
@@ -379,7 +380,7 @@ def read_clip(clip, args) -> tuple[bytes, str]:
 
 def fill_audio(clips, args, rank: int, world: int) -> None:
     """Read every clip; then write audio.bin, dropped.tsv, index.tsv and the first meta.json."""
-    out, part_file = args.out, lambda start: args.out / "work" / f"{start}.audio"
+    out, part_file = args.out, lambda start: args.out / WORK / f"{start}.audio"
 
     def read(part):
         found = list(pool.map(lambda i: read_clip(clips[i], args), part))
@@ -400,7 +401,7 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
     dropped = [(clip[0], why) for clip, (_, why) in zip(clips, verdicts) if why]
     write_atomic(out / "dropped.tsv", lambda p: p.write_text("".join(f"{name}\t{why}\n" for name, why in dropped), encoding="utf-8"))
     if not kept:
-        shutil.rmtree(out / "work")  # mended, they are looked at again
+        shutil.rmtree(out / WORK)  # mended, they are looked at again
         raise InputError(f"all {len(clips)} clips were dropped; the reasons are in {out / 'dropped.tsv'}, the first: {dropped[0][1]}")
     if not any(c[4] for c in kept):  # no split given: the clips whose names hash lowest are for validation
         order = sorted(range(len(kept)), key=lambda i: zlib.crc32(kept[i][0].encode()))
@@ -425,7 +426,7 @@ def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int
     """A file for array `name` [rows, *width], filled in place: make(part) gives the rows of these clips. Returns it and its offsets.
 
     Every rank writes its chunks into the one file; what another pass, model or VAE left half-done is removed."""
-    work, offsets = args.out / "work", data.offsets_at(entry["rate"])
+    work, offsets = args.out / WORK, data.offsets_at(entry["rate"])
     path, shape = work / f"{zlib.crc32(json.dumps([entry, args.chunk]).encode())}.bin", (int(offsets[-1]), *width)
     if rank == 0 and not path.exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -750,7 +751,7 @@ def main(argv=None):
     if args.vae:
         fill_latents(args, rank, world, device)
     if rank == 0:
-        shutil.rmtree(out / "work", ignore_errors=True)
+        shutil.rmtree(out / WORK, ignore_errors=True)
         meta = read_json(out / "meta.json")
         dropped = [line.split("\t") for line in (out / "dropped.tsv").read_text(encoding="utf-8").splitlines()]
         for name, why in dropped[:20]:

@@ -333,7 +333,7 @@ def save_run(out: Path, step: int, model, notes: dict, modules: dict, means: dic
     if keep:
         vae = dict(vae=os.path.join("..", notes["vae"])) if (out / notes.get("vae", "/nowhere")).is_dir() else {}
         model.save_pretrained(out / f"step{step:07d}", **notes | vae, step=step)
-        for old in sorted(out.glob("step???????"))[:-keep]:
+        for old in sorted(out.glob("step" + 7 * "[0-9]"))[:-keep]:
             shutil.rmtree(old)
     state = dict(step=step, means=means, **more, **{name: module.state_dict() for name, module in modules.items()})
     write_atomic(out / "state.pt", lambda p: torch.save(state, p))

@@ -133,7 +133,7 @@ def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, world, monkey
 
     def dies_after_a_chunk(path, write):
         real(path, write)
-        if path.parent.name == "work" and path.suffix == "":
+        if path.parent.name == prepare.WORK and path.suffix == "":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare, "write_atomic", dies_after_a_chunk)
@@ -145,7 +145,7 @@ def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, world, monkey
             runs += 1
     assert runs == 3 * 5  # 9 clips in chunks of 2, three passes
     assert content(tmp_path / "out") == content(tmp_path / "straight")
-    assert not (tmp_path / "out" / "work").exists()
+    assert not (tmp_path / "out" / prepare.WORK).exists()
 
 
 def test_two_ranks_make_the_same_bytes(tmp_path, world):
