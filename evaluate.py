@@ -37,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from model import InputError, SemanticVAE, load_torch, read_json, write_atomic
-from prepare import DEMO, barrier, cli, from_hub, lock, read_audio, resample, revision, start_ranks
+from prepare import DEMO, at_least, barrier, cli, from_hub, lock, read_audio, resample, revision, start_ranks
 
 
 @dataclass(frozen=True)
@@ -452,10 +452,10 @@ def parse_args(argv=None):
     parser.add_argument("--sim", default=str(DEMO / "sv"), help="speaker model: hub id or folder of x-vectors, or wavlm_large_finetune.pth for the papers' SIM-o (default: the demo's)")
     parser.add_argument("--squim", action="store_true", help="also estimate STOI and PESQ by torchaudio's SQUIM, whose weights it downloads")
     parser.add_argument("--report", type=Path, help="also write a page to this folder: players, spectrograms, scores, curves, latents")
-    parser.add_argument("--report-clips", type=int, default=6, help="utterances on that page (default %(default)s)")
+    parser.add_argument("--report-clips", type=at_least(0), default=6, help="utterances on that page (default %(default)s)")
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders whose log.csv and samples/ it shows (default without --list: the demo's)")
     parser.add_argument("--compare", metavar="VAE", help="another VAE, whose latents it shows beside those of --reconstruct")
-    parser.add_argument("--limit", type=int, help="at most so many lines of the list")
+    parser.add_argument("--limit", type=at_least(1), help="at most so many lines of the list")
     parser.add_argument("--dry-run", action="store_true", help="only look whether every file is there")
     parser.add_argument("--out", type=Path, default=Path("runs/scores.csv"), help="one line an utterance (default %(default)s)")
     args = parser.parse_args(argv)
@@ -502,8 +502,8 @@ def main(argv=None):
     systems = [name for name, wanted in (("original", not args.no_original), ("reconstruction", rebuild), ("synthesis", args.generated)) if wanted]
 
     # ---- every file and text, before an hour is spent
-    if not systems or not lines:
-        raise InputError("nothing to score: drop --no-original, or give --generated or --reconstruct, and a --limit of at least 1")
+    if not systems:
+        raise InputError("nothing to score: drop --no-original, or give --generated or --reconstruct")
     missing = [line.wav for line in lines if args.generated and not (args.generated / line.wav).is_file()]
     if missing:
         raise InputError(f"{args.generated} lacks {len(missing)} of {len(lines)} wavs, the first {missing[0]}: run python sample.py --list {args.list} --out {args.generated}")

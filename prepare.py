@@ -80,6 +80,20 @@ def has_bfloat16() -> bool:
     return torch.cuda.is_available() or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
+def at_least(least: float, kind=int, most: float = sys.maxsize):
+    """What a flag may be, for add_argument(type=...): a number from `least` to `most`."""
+
+    def number(text: str):
+        value = kind(text)
+        if not least <= value <= most:  # nan is neither
+            limits = f"at least {least}" if most == sys.maxsize else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, found {text}")
+        return value
+
+    number.__name__ = kind.__name__  # which argparse names where the text is no number
+    return number
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -93,6 +107,7 @@ def cli(main) -> None:
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
     try:
         try:
             main()
@@ -700,13 +715,13 @@ def parse_args(argv=None):
     parser.add_argument("--aligner", help="CTC recogniser that finds where each character is said, for text in its place: hub id or folder (default: for the demo corpus the demo's)")
     parser.add_argument("--vae", help="add the latents of this VAE: a run, an authors' release, or a hub id")
     parser.add_argument("--text", choices=["plain", "raw"], help="plain: lower case without punctuation; raw: with both (default: plain for the demo corpus, else raw)")
-    parser.add_argument("--sample-rate", type=int, default=16000, help="of the stored audio, in Hz (default %(default)s)")
-    parser.add_argument("--min-seconds", type=float, default=0.5, help="drop shorter clips (default %(default)s)")
-    parser.add_argument("--max-seconds", type=float, default=30, help="drop longer clips (default %(default)s)")
-    parser.add_argument("--valid", type=float, default=0.01, help="share of clips for validation where the source names none (default %(default)s)")
-    parser.add_argument("--batch-seconds", type=float, default=60, help="audio in one batch of the teacher (default %(default)s)")
-    parser.add_argument("--chunk", type=int, default=128, help="clips done together, the unit of sharing and of resuming (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read audio (default %(default)s)")
+    parser.add_argument("--sample-rate", type=at_least(1000), default=16000, help="of the stored audio, in Hz (default %(default)s)")
+    parser.add_argument("--min-seconds", type=at_least(0.1, float), default=0.5, help="drop shorter clips (default %(default)s)")
+    parser.add_argument("--max-seconds", type=at_least(0.1, float), default=30, help="drop longer clips (default %(default)s)")
+    parser.add_argument("--valid", type=at_least(0, float, 0.5), default=0.01, help="share of clips for validation where the source names none (default %(default)s)")
+    parser.add_argument("--batch-seconds", type=at_least(0.1, float), default=60, help="audio in one batch of the teacher (default %(default)s)")
+    parser.add_argument("--chunk", type=at_least(1), default=128, help="clips done together, the unit of sharing and of resuming (default %(default)s)")
+    parser.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help="threads that read audio (default %(default)s)")
     args = parser.parse_args(argv)
     if args.source or args.download:
         if not args.ssl:

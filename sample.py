@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates, find_audio, read_list
 from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, read_json, sample, write_json
-from prepare import DEMO, barrier, cli, has_bfloat16, lock, normalize_text, read_audio, revision, start_ranks, write_wave
+from prepare import DEMO, at_least, barrier, cli, has_bfloat16, lock, normalize_text, read_audio, revision, start_ranks, write_wave
 
 
 @dataclass
@@ -244,26 +244,22 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, help="wav file, or folder for --list (default: sample.wav, runs/samples)")
     parser.add_argument("--list", type=Path, help="say every line of a list: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated")
     parser.add_argument("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
-    parser.add_argument("--limit", type=int, help="only the first so many lines of the list")
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many lines of the list")
     parser.add_argument("--dry-run", action="store_true", help="with --list: only look whether every prompt is there")
-    parser.add_argument("--steps", type=int, help="Euler steps (default: the model's, the paper's 32)")
-    parser.add_argument("--cfg", type=float, help="guidance strength (default: the model's, the paper's 2)")
-    parser.add_argument("--cfg-until", type=float, default=1, help="guide only at times before this one, of 0 (noise) to 1: less work (default %(default)s)")
-    parser.add_argument("--sway", type=float, default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")
-    parser.add_argument("--speed", type=float, default=1, help="relative to the prompt's rate of speech (default %(default)s)")
-    parser.add_argument("--duration", type=float, help="seconds of the result (default: by the prompt's rate)")
-    parser.add_argument("--takes", type=int, default=1, help="make several and keep the one --asr understands best (default %(default)s)")
+    parser.add_argument("--steps", type=at_least(1), help="Euler steps (default: the model's, the paper's 32)")
+    parser.add_argument("--cfg", type=at_least(0, float), help="guidance strength (default: the model's, the paper's 2)")
+    parser.add_argument("--cfg-until", type=at_least(0, float, 1), default=1, help="guide only at times before this one, of 0 (noise) to 1: less work (default %(default)s)")
+    parser.add_argument("--sway", type=at_least(-1, float, 1), default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")
+    parser.add_argument("--speed", type=at_least(0.3, float, 3), default=1, help="relative to the prompt's rate of speech (default %(default)s)")
+    parser.add_argument("--duration", type=at_least(0.1, float), help="seconds of the result (default: by the prompt's rate)")
+    parser.add_argument("--takes", type=at_least(1), default=1, help="make several and keep the one --asr understands best (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for --takes and for prompts without transcript: hub id or folder (default: the demo's)")
     parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=has_bfloat16(), help="matrix products of the DiT in bfloat16 (default: on GPUs and CPUs that are faster so)")
-    parser.add_argument("--batch-size", type=int, default=8, help="utterances at once (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="utterances at once (default %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default %(default)s")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/samples" if args.list else "sample.wav")
-    if not 0.3 <= args.speed <= 3:
-        raise InputError(f"--speed {args.speed} is outside 0.3 to 3")
-    if min(args.takes, args.batch_size) < 1 or args.steps is not None and args.steps < 1:
-        raise InputError("--steps, --takes and --batch-size must be at least 1")
     if args.ref_text and not args.ref:
         raise InputError("--ref-text says what a recording says: name it with --ref")
     if not args.list and not args.ref:

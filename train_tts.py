@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, at_rate, conv_head, duration_loss, flow_matching_loss
-from prepare import DEMO, Data, cli, has_bfloat16, lock, start_ranks, write_wave
+from prepare import DEMO, Data, at_least, cli, has_bfloat16, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
 from train_vae import Log, Means, Stop, compiled, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
 
@@ -220,15 +220,15 @@ def parse_args(argv=None):
     parser.add_argument("--vae", help="where the latents' VAE is now, if not where it was when they were made")
     parser.add_argument("--text-place", choices=["left", "even", "aligned"], help="where the text stands among the frames: at the left (F5-TTS, the paper), spread evenly (ZipVoice), or where it is said, which needs prepare.py --aligner (default: the preset's)")
     parser.add_argument("--align-hidden", action=argparse.BooleanOptionalAction, default=False, help="align the DiT's hidden states with text and SSL features while it trains (A-DMA)")
-    parser.add_argument("--join", type=int, default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
-    parser.add_argument("--batch-seconds", type=float, default=3240, help="audio in one update, over all ranks (default %(default)s: 0.9 h)")
-    parser.add_argument("--micro-seconds", type=float, default=405, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=7.5e-5, help="peak learning rate, whatever the number of ranks (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=20_000, help="steps to the peak; then linear decay to 0 at --steps (default %(default)s)")
-    parser.add_argument("--clip", type=float, default=1, help="largest gradient norm (default %(default)s)")
-    parser.add_argument("--eval-sentences", type=int, default=4, help="fixed sentences to synthesise (default %(default)s)")
-    parser.add_argument("--sample-steps", type=int, default=32, help="Euler steps for them, and sample.py's default for this model (default %(default)s)")
-    parser.add_argument("--sample-cfg", type=float, default=2, help="guidance for them, and sample.py's default for this model (default %(default)s)")
+    parser.add_argument("--join", type=at_least(1), default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
+    parser.add_argument("--batch-seconds", type=at_least(0.01, float), default=3240, help="audio in one update, over all ranks (default %(default)s: 0.9 h)")
+    parser.add_argument("--micro-seconds", type=at_least(0.01, float), default=405, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
+    parser.add_argument("--lr", type=at_least(0, float), default=7.5e-5, help="peak learning rate, whatever the number of ranks (default %(default)s)")
+    parser.add_argument("--warmup", type=at_least(0), default=20_000, help="steps to the peak; then linear decay to 0 at --steps (default %(default)s)")
+    parser.add_argument("--clip", type=at_least(1e-9, float), default=1, help="largest gradient norm (default %(default)s)")
+    parser.add_argument("--eval-sentences", type=at_least(0), default=4, help="fixed sentences to synthesise (default %(default)s)")
+    parser.add_argument("--sample-steps", type=at_least(1), default=32, help="Euler steps for them, and sample.py's default for this model (default %(default)s)")
+    parser.add_argument("--sample-cfg", type=at_least(0, float), default=2, help="guidance for them, and sample.py's default for this model (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for their error rate: hub id or folder; \"none\" for none (default: the demo's)")
     parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
