@@ -37,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from model import InputError, SemanticVAE, load_torch, read_json, write_atomic
-from prepare import DEMO, at_least, barrier, cli, from_hub, lock, read_audio, resample, revision, start_ranks
+from prepare import DEMO, at_least, barrier, cli, from_hub, lock, read_audio, read_lines, resample, revision, start_ranks
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,11 @@ class Line:
 def read_list(path: Path) -> list[Line]:
     """ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated, as F5-TTS publishes it."""
     try:
-        rows = [row.split("\t") for row in path.read_text(encoding="utf-8-sig").splitlines() if row.strip()]
+        rows = [row.split("\t") for _, row in read_lines(path)]
         lines = [Line(ref, float(a), ref_text.strip(), gen, float(b), text.strip()) for ref, a, ref_text, gen, b, text in rows]
     except (OSError, ValueError) as e:
-        raise InputError(f"{path} is not a list of six tab-separated columns ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text: {e}") from e
+        raise InputError(f"{path} is not a list of six tab-separated columns ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text: {e}. "
+                         f"seed-tts-eval's meta.lst becomes one by awk -F'|' -v OFS='\\t' '{{print $3, 1, $2, $1, 1, $4}}'") from e  # fmt: skip
     if any("\0" in line.gen + line.ref for line in lines):
         raise InputError(f"{path} has a file name with a null byte")
     names = Counter(line.wav for line in lines)

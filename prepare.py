@@ -12,14 +12,17 @@ The data folder, whose clips stand in every array in the order of the index:
     starts.bin   float32 [bytes of all texts]: the second at which each byte begins; nan in clips that could not be aligned
     latents.bin  float16 [latent frames of all clips, 2, latent_dim]: the posterior's mean and log-variance
     meta.json    sample rate, teacher, VAE, counts, hours, the latents' statistics
-    settings.json what the folder was made with: other settings are refused
+    settings.json what the folder was made with: and of which texts and recordings: others are refused
     dropped.tsv  every clip that was left out, with its reason
 
 Killed at any moment and run again, it continues and ends with the same bytes.
 """
 
 import argparse
+import contextlib
+import csv
 import datetime
+import glob
 import hashlib
 import json
 import math
@@ -53,6 +56,8 @@ except ImportError:  # Windows
 
 DEMO = Path(__file__).resolve().parent / "demo"
 WORK = ".prepare"  # scratch space in --out, removed in the end: a name that no folder of the user's has
+FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", None)}
+SILENCE = 2e-4  # loudness below which nothing is said, of 1 at full scale
 PATIENCE = datetime.timedelta(hours=24)  # not minutes: ranks wait for each other at the end of a long job
 
 
@@ -169,21 +174,58 @@ def normalize_text(text: str, mode: str) -> str:
     return " ".join(text.split())
 
 
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, line) of all that are not blank, ended by line feeds alone: str.splitlines() would cut texts at what only looks like one."""
+    lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    return [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def says_something(text: str) -> bool:
+    return any(map(str.isalnum, text))
+
+
+@contextlib.contextmanager
+def opened(path: str | Path):
+    """A recording as a soundfile. One that cannot be read is an InputError, with the reason and what mends it."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            others = (f" (but one that ends in {suffix})" for suffix in FORMATS if path.with_suffix(suffix).is_file())
+            raise InputError(f"cannot read {path}: no such file{next(others, '')}")
+        with sf.SoundFile(path) as file:
+            yield file
+    except (sf.SoundFileError, OSError, TypeError, ValueError) as e:  # TypeError: a file without a header
+        why = getattr(e, "error_string", str(e)).strip(".").replace(str(path), "it")
+        raise InputError(f"cannot read {path}: {why} (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)") from e
+
+
+def seconds_of(path: str | Path) -> float:
+    with opened(path) as file:
+        return file.frames / file.samplerate
+
+
 def read_audio(path: str | Path, rate: int) -> np.ndarray:
     """Any file soundfile reads → mono float32 [T] at `rate`. Raises InputError if it cannot be read or is empty."""
     blocks = []
-    try:
-        with sf.SoundFile(path) as f:
-            source_rate = f.samplerate
-            while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # as much as there is, not as the header says
-                blocks.append(block.mean(1))
-    except (sf.SoundFileError, OSError, ValueError) as e:
-        raise InputError(f"cannot read {path}: {e} (wav, flac, ogg, opus and mp3 can be read)") from e
+    with opened(path) as f:
+        source_rate = f.samplerate
+        while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # as much as there is, not as the header says
+            blocks.append(block.mean(1))
     if not blocks:
-        raise InputError(f"{path} holds no samples")
+        raise InputError(f"cannot read {path}: it holds no samples")
+    wave = np.concatenate(blocks)
+    if 4 < np.abs(wave).max() < math.inf:
+        raise InputError(f"cannot read {path}: its samples are not within -1 and 1: divide them by their full scale")
     if source_rate * rate / math.gcd(source_rate, rate) ** 2 > 1 << 26:  # its filters would fill the memory
         raise InputError(f"cannot read {path}: {source_rate} Hz has too little in common with {rate} Hz: resample it first")
-    return resample(np.concatenate(blocks), source_rate, rate)
+    return resample(wave, source_rate, rate)
+
+
+def loudness(wave: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
+    """(RMS of each 20 ms of a wave [T] without its mean, what five of them reach: speech lasts so long, a click does not)."""
+    frames = (wave - wave.mean())[: len(wave) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
+    levels = np.sqrt(np.square(frames).mean(1))
+    return levels, float(np.sort(levels)[-5:][0]) if len(levels) else 0.0
 
 
 def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -192,7 +234,9 @@ def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 
 def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
-    write_atomic(path, lambda p: sf.write(p, wave, rate, format="WAV", subtype="PCM_16"))
+    """In the format that the path's suffix says."""
+    kind, subtype = FORMATS[path.suffix.lower()]
+    write_atomic(path, lambda p: sf.write(p, wave, rate, format=kind, subtype=subtype))
 
 
 def frame_count(samples, sample_rate: int, frame_rate):
@@ -215,14 +259,14 @@ class Data:
     def __init__(self, folder: str | Path, need: tuple[str, ...] = ("audio",)):
         self.folder = Path(folder)
         if not (self.folder / "meta.json").exists():
-            raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out {folder} first")
+            raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out {folder} first, or name the folder with --data")
         self.meta = read_json(self.folder / "meta.json")
         for name in need:
             if name not in self.meta:
                 remedy = {"ssl": "--ssl MODEL", "latents": "--vae RUN", "starts": "--aligner MODEL"}.get(name, "")
                 raise InputError(f"{folder} holds no {name}: run python prepare.py --out {folder} {remedy} first")
         try:
-            lines = (self.folder / "index.tsv").read_text(encoding="utf-8").splitlines()[1:]
+            lines = [line for _, line in read_lines(self.folder / "index.tsv")][1:]
             self.clips = [dict(zip(("id", "split", "speaker", "samples", "text"), line.split("\t"), strict=True)) for line in lines]
             self.rate = self.meta["sample_rate"]
             self.samples = np.array([int(c["samples"]) for c in self.clips])
@@ -262,33 +306,56 @@ class Data:
 # Where the clips come from: lists of (id, path, speaker, text, split), split "" where the source does not say.
 
 
+COLUMNS = dict(audio=("audio", "audio_file", "file_name"), text=("text", "transcription"),
+               speaker=("speaker", "speaker_name", "speaker_id"), split=("split",))  # fmt: skip
+CONVERT = "awk -F'|' 'BEGIN {print \"audio|speaker|text\"} {print \"wavs/\" $1 \".wav|\" $3 \"|\" $2}' FILE > manifest.csv, with your columns' numbers"
+
+
+def fields(line: str, mark: str) -> list[str]:
+    return next(csv.reader([line.replace("\r", " ")])) if mark == "," else line.split(mark)
+
+
+def mark_of(header: str) -> str:
+    """What stands between the columns, if a line is a manifest's header; else nothing."""
+    named = (mark for mark in "|\t," if all(set(COLUMNS[name]) & set(fields(header, mark)) for name in ("audio", "text")))
+    return next(named, "")
+
+
 def from_manifest(path: Path):
-    """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths relative to it."""
-    lines = enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
-    (_, header), *rows = [(n, line.split("|")) for n, line in lines if line.strip()] or [(1, [])]
-    for column in ("audio", "speaker", "text"):
-        if column not in header:
-            raise InputError(f"{path} has no column {column}: its first line is {'|'.join(header)!r}, expected audio|speaker|text")
-    for n, values in rows:
-        if len(values) != len(header):
-            raise InputError(f"{path}, line {n}: found {len(values)} columns, expected {len(header)}")
-        row = dict(zip(header, values))
-        if row.get("split", "") not in ("", "train", "valid", "test"):
-            raise InputError(f"{path}, line {n}: split is {row['split']!r}, expected train, valid or test")
-        yield row["audio"], path.parent / row["audio"], row["speaker"], row["text"], row.get("split", "")
+    """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths relative to it. Also with tabs or
+    commas between, and by the names of COLUMNS. Without speakers each clip counts as a voice of its own."""
+    (_, header), *rows = read_lines(path) or [(1, "")]
+    mark = mark_of(header)
+    if not mark:
+        raise InputError(f"{path} has no columns audio and text: its first line is {header!r}, expected audio|speaker|text. To convert it: {CONVERT}")
+    names = fields(header, mark)
+    places = {name: next((names.index(a) for a in known if a in names), None) for name, known in COLUMNS.items()}
+    for n, line in rows:
+        values = fields(line, mark)
+        if len(values) != len(names):
+            raise InputError(f"{path}, line {n}: found {len(values)} columns, expected {len(names)}")
+        audio, text, speaker, split = (values[place].strip() if place is not None else "" for place in places.values())
+        if split not in ("", "train", "valid", "test"):
+            raise InputError(f"{path}, line {n}: split is {split!r}, expected train, valid or test")
+        yield audio, path.parent / audio, speaker or audio, text, split
+
+
+def below(root: Path, pattern: str):
+    """Paths that match, also in folders that are links."""
+    return (root / name for name in glob.iglob(pattern, root_dir=root, recursive=True))
 
 
 def from_libritts(root: Path):
     """speaker/chapter/NAME.wav beside NAME.normalized.txt."""
-    for path in root.rglob("*.normalized.txt"):
+    for path in below(root, "**/*.normalized.txt"):
         wave = path.with_name(path.name.replace(".normalized.txt", ".wav"))
         yield str(wave.relative_to(root)), wave, wave.name.split("_")[0], path.read_text(encoding="utf-8-sig"), ""
 
 
 def from_librispeech(root: Path):
     """speaker/chapter/NAME.flac, with all texts of a chapter in one .trans.txt."""
-    for path in root.rglob("*.trans.txt"):
-        for line in path.read_text(encoding="utf-8-sig").splitlines():
+    for path in below(root, "**/*.trans.txt"):
+        for _, line in read_lines(path):
             name, _, text = line.partition(" ")
             wave = path.with_name(f"{name}.flac")
             yield str(wave.relative_to(root)), wave, name.split("-")[0], text, ""
@@ -296,7 +363,7 @@ def from_librispeech(root: Path):
 
 def from_vctk(root: Path):
     """txt/SPEAKER/NAME.txt, and wav48_silence_trimmed/SPEAKER/NAME_mic1.flac or wav48/SPEAKER/NAME.wav."""
-    for path in root.glob("txt/*/*.txt"):
+    for path in below(root, "txt/*/*.txt"):
         speaker, name = path.parent.name, path.stem
         places = [root / "wav48_silence_trimmed" / speaker / f"{name}_mic1.flac", root / "wav48" / speaker / f"{name}.wav"]
         wave = next((p for p in places if p.exists()), places[-1])
@@ -304,12 +371,24 @@ def from_vctk(root: Path):
 
 
 def from_ljspeech(root: Path):
-    """metadata.csv (name|text|normalised text) and wavs/NAME.wav."""
-    for line in (root / "metadata.csv").read_text(encoding="utf-8-sig").splitlines():
-        name, *texts = line.split("|")
-        yield f"wavs/{name}.wav", root / "wavs" / f"{name}.wav", "LJ", texts[-1] if texts else "", ""
+    """metadata.csv, name|text or name|text|normalised text without a header, and wavs/NAME.wav; or a manifest of that name."""
+    path = root / "metadata.csv"
+    lines = read_lines(path)
+    if lines and mark_of(lines[0][1]):
+        yield from from_manifest(path)
+        return
+    rows = [line.split("|") for _, line in lines]
+    words = [[set(normalize_text(text, "plain").split()) for text in row[1:]] for row in rows if row[-1].strip()]
+    alike = [bool(texts[0] & texts[1]) for texts in words if len(texts) == 2]
+    if any(len(row) not in (2, 3) for row in rows) or sum(alike) < len(alike) / 2:
+        raise InputError(f"{path} is not name|text or name|text|normalised text (line 1: {lines[0][1]!r}). To convert it: {CONVERT}")
+    for name, *texts in rows:
+        yield f"wavs/{name}.wav", root / "wavs" / f"{name}.wav", LJ, texts[-1] if texts[-1].strip() else texts[0], ""
 
 
+CHOICES = ("sample_rate", "text", "min_seconds", "max_seconds", "valid")  # of the flags: by what clips are chosen and how they are kept
+VALID = 0.01
+LJ = "LJ"  # the one speaker of a folder in LJSpeech's layout
 LAYOUTS = {  # a path that only this layout has: its reader
     "manifest.csv": lambda root: from_manifest(root / "manifest.csv"),
     "**/*.normalized.txt": from_libritts,
@@ -323,13 +402,13 @@ def list_clips(source: Path) -> list[tuple]:
     """All clips of a manifest or folder, sorted by id."""
     if not source.exists():
         raise InputError(f"no such file or folder: {source}")
-    read = from_manifest if source.is_file() else next((read for pattern, read in LAYOUTS.items() if next(source.glob(pattern), None)), None)
+    read = from_manifest if source.is_file() else next((read for pattern, read in LAYOUTS.items() if next(below(source, pattern), None)), None)
     if not read:
         raise InputError(f"no speech found in {source} (looked for {', '.join(LAYOUTS)})")
     try:
         clips = sorted(read(source))
         "".join(name + speaker for name, _, speaker, _, _ in clips).encode()
-    except (OSError, UnicodeError) as e:
+    except (OSError, UnicodeError, csv.Error) as e:
         raise InputError(f"cannot read the transcripts of {source}, or one, or a file's name, is not UTF-8: {e}") from e
     if not clips:
         raise InputError(f"{source} lists no clips")
@@ -337,6 +416,41 @@ def list_clips(source: Path) -> list[tuple]:
         if "\t" in name + speaker or len(f"{name}.{speaker}.".splitlines()) > 1:
             raise InputError(f"{source}: {name!r} by {speaker!r} has a tab or a line break in its name")
     return clips
+
+
+def gather(sources: list[Path]) -> tuple[list[tuple], dict[str, list]]:
+    """The clips of all sources, and by their names what changes with a text or a recording: it belongs to a folder's settings."""
+    clips, made_of, files = [], {}, {}
+    for source in sources:
+        for name, path, speaker, text, split in list_clips(source):
+            if len(sources) > 1:
+                name, speaker = f"{source}:{name}", f"{source}:{LJ}" if speaker == LJ else speaker
+            found = os.stat(path) if os.path.isfile(path) else None
+            if name in made_of or found and files.setdefault((found.st_dev, found.st_ino), name) != name:
+                raise InputError(f"{files.get((found.st_dev, found.st_ino)) if found else name} and {name} are one recording: it could be trained on and "
+                                 "validated with: take one out of the list")  # fmt: skip
+            clips.append((name, path, speaker, text, split))
+            made_of[name] = [zlib.crc32(f"{speaker} {text} {split}".encode()), *((found.st_size, found.st_mtime_ns) if found else ())]
+    return clips, made_of
+
+
+def differences(found: dict, wanted: dict) -> str:
+    """What differs between two settings, clip by clip, in words."""
+    found, wanted = ({k: v for key, value in s.items() for k, v in (value.items() if isinstance(value, dict) else [(key, value)])} for s in (found, wanted))
+    differ = [f"{k}: {found.get(k)}, now {wanted.get(k)}" for k in found | wanted if found.get(k) != wanted.get(k)]
+    return "; ".join(differ[:3]) + f" and {len(differ) - 3} more" * (len(differ) > 3)
+
+
+def begin(out: Path, settings: dict, rank: int) -> None:
+    """Note in a new folder what it is made with and of; refuse one that was begun otherwise, or not by us."""
+    path, begun = out / "settings.json", (out / "meta.json").exists() or (out / WORK).exists()
+    foreign = [name for name in ("meta.json", "index.tsv", "audio.bin", "dropped.tsv") if (out / name).exists() and not path.exists()]
+    if foreign:
+        raise InputError(f"{out} holds a {foreign[0]}, but no settings.json that says how we made it: choose another --out")
+    if begun and (differ := differences(read_json(path), settings)):
+        raise InputError(f"{out} was made with other settings or recordings ({differ}): choose another --out, or remove it")
+    if rank == 0:
+        write_json(path, settings)
 
 
 def download(subsets: str, root: Path) -> list[Path]:
@@ -375,22 +489,24 @@ def each_chunk(args, name: str, count: int, do, rank: int, world: int) -> list[P
     return marks
 
 
-def read_clip(clip, args) -> tuple[bytes, str]:
-    """The int16 samples of a clip that is fit for training; else none, and why it is not."""
+def read_clip(clip, args) -> tuple[bytes, str, int]:
+    """The int16 samples of a clip that is fit for training; else none, and why it is not. And the rate it was recorded at."""
     _, path, _, text, _ = clip
     try:
         wave = read_audio(path, args.sample_rate)
+        with opened(path) as file:
+            rate = file.samplerate
     except InputError as e:
-        return b"", "no samples" if "no samples" in str(e) else "unreadable"
+        return b"", str(e).removeprefix(f"cannot read {path}: "), 0
     checks = {
-        "empty text": not normalize_text(text, args.text),
+        "empty text": not says_something(normalize_text(text, args.text)),
         "non-finite samples": not np.isfinite(wave).all(),
         f"shorter than {args.min_seconds} s": len(wave) < args.min_seconds * args.sample_rate,
         f"longer than {args.max_seconds} s": len(wave) > args.max_seconds * args.sample_rate,
-        "silent": np.abs(wave).max() < 1e-3,
+        "silent": loudness(wave, args.sample_rate)[1] < SILENCE,
     }
     why = next((reason for reason, found in checks.items() if found), "")
-    return b"" if why else (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), why
+    return b"" if why else (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), why, rate
 
 
 def fill_audio(clips, args, rank: int, world: int) -> None:
@@ -399,8 +515,8 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
 
     def read(part):
         found = list(pool.map(lambda i: read_clip(clips[i], args), part))
-        write_atomic(part_file(part.start), lambda p: p.write_bytes(b"".join(samples for samples, _ in found)))
-        return [(len(samples) // 2, why) for samples, why in found]
+        write_atomic(part_file(part.start), lambda p: p.write_bytes(b"".join(samples for samples, _, _ in found)))
+        return [(len(samples) // 2, why, rate) for samples, why, rate in found]
 
     def join(path):
         with open(path, "wb") as f:
@@ -412,11 +528,13 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
     if rank > 0:
         return
     verdicts = [v for mark in marks for v in json.loads(mark.read_text(encoding="utf-8"))]
-    kept = [(*clip, samples) for clip, (samples, _) in zip(clips, verdicts) if samples]
-    dropped = [(clip[0], why) for clip, (_, why) in zip(clips, verdicts) if why]
+    kept = [(*clip, samples) for clip, (samples, _, _) in zip(clips, verdicts) if samples]
+    dropped = [(clip[0], why) for clip, (_, why, _) in zip(clips, verdicts) if why]
+    for rate, count in sorted(Counter(rate for samples, _, rate in verdicts if samples and rate < args.sample_rate).items()):
+        print(f"{count} clips were recorded at {rate} Hz: nothing above {rate // 2} Hz is in them (--sample-rate {args.sample_rate})")
     write_atomic(out / "dropped.tsv", lambda p: p.write_text("".join(f"{name}\t{why}\n" for name, why in dropped), encoding="utf-8"))
     if not kept:
-        shutil.rmtree(out / WORK)  # mended, they are looked at again
+        shutil.rmtree(out / WORK)  # mended, also by other settings, they are looked at again
         raise InputError(f"all {len(clips)} clips were dropped; the reasons are in {out / 'dropped.tsv'}, the first: {dropped[0][1]}")
     if not any(c[4] for c in kept):  # no split given: the clips whose names hash lowest are for validation
         order = sorted(range(len(kept)), key=lambda i: zlib.crc32(kept[i][0].encode()))
@@ -588,6 +706,8 @@ def fill_ssl(args, rank: int, world: int, device) -> None:
     if known := data.meta.get("ssl"):
         if (known["model"], known["layer"]) != (args.ssl, args.layer):
             raise InputError(f"{args.out} already holds SSL features of {known['model']}, layer {known['layer']}, not {args.ssl}, layer {args.layer}: choose another --out")
+        if Path(args.ssl).is_dir() and revision(args.ssl) != known["revision"]:
+            raise InputError(f"{args.ssl} holds other weights than when {args.out} was made: choose another --out")
         return
     ssl = load_teacher(args.ssl, args.layer, data.rate, device)
 
@@ -718,7 +838,7 @@ def parse_args(argv=None):
     parser.add_argument("--sample-rate", type=at_least(1000), default=16000, help="of the stored audio, in Hz (default %(default)s)")
     parser.add_argument("--min-seconds", type=at_least(0.1, float), default=0.5, help="drop shorter clips (default %(default)s)")
     parser.add_argument("--max-seconds", type=at_least(0.1, float), default=30, help="drop longer clips (default %(default)s)")
-    parser.add_argument("--valid", type=at_least(0, float, 0.5), default=0.01, help="share of clips for validation where the source names none (default %(default)s)")
+    parser.add_argument("--valid", type=at_least(0, float, 0.5), default=VALID, help="share of clips for validation where the source names none (default %(default)s)")
     parser.add_argument("--batch-seconds", type=at_least(0.1, float), default=60, help="audio in one batch of the teacher (default %(default)s)")
     parser.add_argument("--chunk", type=at_least(1), default=128, help="clips done together, the unit of sharing and of resuming (default %(default)s)")
     parser.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help="threads that read audio (default %(default)s)")
@@ -727,7 +847,11 @@ def parse_args(argv=None):
         if not args.ssl:
             raise InputError("name the teacher with --ssl: the paper's is microsoft/wavlm-large; none stores no features, for a vanilla VAE")
         args.text = args.text or "raw"
+    elif given := [name for name in CHOICES if getattr(args, name) != parser.get_default(name)]:
+        raise InputError(f"--{given[0].replace('_', '-')} says how sources are read, and none is given: name a folder or a manifest")
     elif not (args.out / "meta.json").exists():
+        if args.ssl or args.layer or args.aligner or args.vae:
+            raise InputError(f"{args.out} holds no data to add to, and no source is given: name the right --out, or a folder or manifest (the demo's: {DEMO / 'corpus'})")
         args.source, args.ssl, args.text = [DEMO / "corpus"], args.ssl or str(DEMO / "ssl"), args.text or "plain"
         args.aligner = args.aligner or str(DEMO / "ssl")
     return args
@@ -743,14 +867,20 @@ def main(argv=None):
         barrier()
         args.source += download(args.download, args.download_to)
     if args.source:
-        clips = [(f"{s}:{c[0]}" if len(args.source) > 1 else c[0], *c[1:]) for s in args.source for c in list_clips(s)]
-        settings = {name: getattr(args, name) for name in ("sample_rate", "text", "min_seconds", "max_seconds", "valid", "chunk")} | dict(clips=len(clips), sources=list(map(str, args.source)))
-        path = out / "settings.json"
-        if path.exists() and (found := read_json(path)) != settings:
-            raise InputError(f"{out} was made with other settings ({found}), not {settings}: choose another --out or remove it")
-        if rank == 0:
-            write_json(path, settings)
+        clips, made_of = gather(args.source)
+        if args.valid != VALID and any(split for *_, split in clips):
+            raise InputError("--valid is for sources that name no splits: change their column split, or leave it out")
+        settings = {name: getattr(args, name) for name in (*CHOICES, "chunk")} | dict(sources=list(map(str, args.source)), clips=made_of)
+        begin(out, settings, rank)
         if not (out / "meta.json").exists():
+            if args.ssl != "none":  # each model is looked for now, not after hours of reading
+                load_teacher(args.ssl, -1 if args.layer is None else args.layer, args.sample_rate, device)
+            if args.aligner:
+                Aligner(args.aligner, device)
+            if args.vae:
+                SemanticVAE.from_pretrained(args.vae)
+            if rank == 0 and (alone := sum(clip[0] == clip[2] for clip in clips)):
+                print(f"{alone} clips name no speaker: each counts as a voice of its own")
             fill_audio(clips, args, rank, world)
             barrier()
     if not args.ssl:  # a folder that is added to, or whose features were interrupted: what it was begun with
@@ -768,7 +898,7 @@ def main(argv=None):
     if rank == 0:
         shutil.rmtree(out / WORK, ignore_errors=True)
         meta = read_json(out / "meta.json")
-        dropped = [line.split("\t") for line in (out / "dropped.tsv").read_text(encoding="utf-8").splitlines()]
+        dropped = [line.split("\t") for _, line in read_lines(out / "dropped.tsv")]
         for name, why in dropped[:20]:
             print(f"dropped {name}: {why}")
         for why, count in sorted(Counter(why for _, why in dropped).items()):

@@ -250,7 +250,7 @@ def main(argv=None):
     # ---- data, and the VAE that will decode the samples: it must be the one that made the latents
     train, valid = (Utterances(data, split, args.batch_seconds, args.join, args.seed) for split in ("train", "valid"))
     if not train.clips or not valid.clips:
-        raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips: both are needed")
+        raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips: both are needed: change its manifest's column split, or leave it out, and prepare it anew")
     longest = float(sum(sorted(train.frames[i] for i in train.clips)[-args.join :]) / train.rate)
     if args.batch_seconds < longest:  # else some steps would have nothing to learn from
         raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest example, {longest:.1f} s")

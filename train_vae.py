@@ -570,7 +570,7 @@ def main(argv=None):
         settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=ssl["dim"] // layers if with_ssl else 0, ssl_layers=layers, align=args.align, mel=args.mel)
         vae = SemanticVAE(VAEConfig(**settings | ({"latent_dim": args.latent_dim} if args.latent_dim else {})))
     if not data.split("valid"):
-        raise InputError(f"{args.data} holds no validation clips: prepare it with --valid 0.01")
+        raise InputError(f"{args.data} holds no validation clips: mark some as valid in its manifest's column split, or leave that column out, and prepare it anew")
     if not with_ssl and vae.projectors:
         vae.projectors.requires_grad_(False)  # of the VAE in --init: nothing is aligned
     if vae.config.sample_rate != data.rate:
