@@ -52,9 +52,17 @@ class Line:
     text: str
 
     @property
+    def says(self) -> int:
+        """Changes with what is to be said, and after what."""
+        return zlib.crc32(repr((self.ref, self.ref_text, self.text)).encode())
+
+    @property
     def wav(self) -> str:
         """File name of the synthesised speech."""
         return Path(self.gen).stem + ".wav"
+
+
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # scripts without spaces: Thai to Khmer, kana, Han
 
 
 def read_list(path: Path) -> list[Line]:

@@ -137,6 +137,13 @@ def cli(main) -> None:
     os._exit(code) if dist.is_initialized() else sys.exit(code)
 
 
+def refuse_overwriting(out: Path, inputs) -> None:
+    """Nothing is written over what is read, however its path is spelled."""
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"--out {out} is {path}, which is read: choose another --out")
+
+
 def lock(folder: Path):
     """Refuse a folder that another process is writing to. The lock lasts as long as what is returned, or this process: its end, however
     sudden, frees it."""
@@ -197,6 +204,11 @@ def opened(path: str | Path):
     except (sf.SoundFileError, OSError, TypeError, ValueError) as e:  # TypeError: a file without a header
         why = getattr(e, "error_string", str(e)).strip(".").replace(str(path), "it")
         raise InputError(f"cannot read {path}: {why} (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)") from e
+
+
+def file_stamp(path: Path) -> tuple:
+    """What changes with a file: its size and time; empty, if it is missing."""
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
 
 
 def seconds_of(path: str | Path) -> float:
@@ -425,12 +437,12 @@ def gather(sources: list[Path]) -> tuple[list[tuple], dict[str, list]]:
         for name, path, speaker, text, split in list_clips(source):
             if len(sources) > 1:
                 name, speaker = f"{source}:{name}", f"{source}:{LJ}" if speaker == LJ else speaker
-            found = os.stat(path) if os.path.isfile(path) else None
-            if name in made_of or found and files.setdefault((found.st_dev, found.st_ino), name) != name:
-                raise InputError(f"{files.get((found.st_dev, found.st_ino)) if found else name} and {name} are one recording: it could be trained on and "
-                                 "validated with: take one out of the list")  # fmt: skip
+            file = os.path.realpath(path)
+            if file in files:
+                raise InputError(f"{files[file]} and {name} are one recording, which could be trained on and validated with: take one out of the list")
+            files[file] = name
             clips.append((name, path, speaker, text, split))
-            made_of[name] = [zlib.crc32(f"{speaker} {text} {split}".encode()), *((found.st_size, found.st_mtime_ns) if found else ())]
+            made_of[name] = [zlib.crc32(f"{speaker} {text} {split}".encode()), *file_stamp(path)]
     return clips, made_of
 
 
