@@ -47,7 +47,7 @@ import torch.distributed as dist
 import torchaudio
 from tqdm import tqdm
 
-from model import InputError, LogMel, SemanticVAE, read_json, write_atomic, write_json
+from model import HERE, InputError, LogMel, SemanticVAE, read_json, write_atomic, write_json
 
 try:
     import fcntl
@@ -135,6 +135,21 @@ def cli(main) -> None:
         code = 1
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code) if dist.is_initialized() else sys.exit(code)
+
+
+@contextlib.contextmanager
+def mended_by(flag: str):
+    """Adds to an InputError that a path noted earlier leads to what a flag can say."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{e}: if it was moved, name it with {flag}") from e
+
+
+def in_demo(path):
+    """A path into demo/ that was noted before the checkout was moved, as it is now; else as it is."""
+    moved = DEMO / str(path).rpartition("/demo/")[2]
+    return str(moved) if "/demo/" in str(path) and not Path(path).exists() and moved.exists() else path
 
 
 def refuse_overwriting(out: Path, inputs) -> None:
@@ -425,8 +440,8 @@ def list_clips(source: Path) -> list[tuple]:
     if not clips:
         raise InputError(f"{source} lists no clips")
     for name, _, speaker, _, _ in clips:  # which the index could not hold
-        if "\t" in name + speaker or len(f"{name}.{speaker}.".splitlines()) > 1:
-            raise InputError(f"{source}: {name!r} by {speaker!r} has a tab or a line break in its name")
+        if set("\t\0") & set(name + speaker) or len(f"{name}.{speaker}.".splitlines()) > 1:
+            raise InputError(f"{source}: {name!r} by {speaker!r} has a tab, a line break or a null byte in its name")
     return clips
 
 
@@ -609,12 +624,15 @@ def from_hub(what: str, name: str, *kinds: str) -> list:
     """What transformers' Auto classes of these kinds load by hub id or folder; failing is an InputError that says what was asked for."""
     import transformers
 
+    flag = {"SSL model": "--ssl", "aligner": "--aligner", "recogniser": "--asr", "speaker model": "--sim"}[what]
+    if str(name).startswith(HERE) and not Path(name).exists():
+        raise InputError(f"cannot load the {what} {name}: no such folder: if it was moved, name it with {flag}")
     transformers.utils.logging.set_verbosity_error()  # a CTC head left out is not worth a page of warning
     transformers.utils.logging.disable_progress_bar()
     try:
         return [getattr(transformers, f"Auto{kind}").from_pretrained(name) for kind in kinds]
     except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}") from e
+        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}: name another with {flag}") from e
 
 
 class SSLModel:
@@ -898,8 +916,8 @@ def main(argv=None):
     if not args.ssl:  # a folder that is added to, or whose features were interrupted: what it was begun with
         meta = read_json(out / "meta.json")
         begun = meta.get("ssl") or dict(model=meta["teacher"], layer=meta.get("layer"))
-        args.ssl, args.layer = begun["model"], begun["layer"] if args.layer is None else args.layer
-    args.aligner = args.aligner or read_json(out / "meta.json").get("aligner")
+        args.ssl, args.layer = begun["model"] if "ssl" in meta else in_demo(begun["model"]), begun["layer"] if args.layer is None else args.layer
+    args.aligner = args.aligner or in_demo(read_json(out / "meta.json").get("aligner"))
     if args.ssl != "none":
         args.layer = -1 if args.layer is None else args.layer
         fill_ssl(args, rank, world, device)

@@ -25,7 +25,7 @@ from tqdm import tqdm, trange
 
 from evaluate import UNSPACED, Recognizer, error_rates, find_audio, read_list
 from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, read_json, sample, write_json
-from prepare import (DEMO, FORMATS, SILENCE, at_least, barrier, cli, differences, file_stamp, has_bfloat16, lock, loudness, normalize_text,
+from prepare import (DEMO, FORMATS, SILENCE, at_least, barrier, cli, differences, file_stamp, has_bfloat16, lock, loudness, mended_by, normalize_text,
                      read_audio, refuse_overwriting, revision, says_something, seconds_of, start_ranks, write_wave)  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     if not vae:
         raise InputError(f"{tts} does not say where its VAE is: name it with --vae")
     vae = folder / vae if (folder / vae).is_dir() else vae
-    decoder = SemanticVAE.from_pretrained(vae).to(device)
+    with mended_by("--vae"):
+        decoder = SemanticVAE.from_pretrained(vae).to(device)
     if decoder.latents_hash() != dit.config.vae_hash:
         raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is {decoder.latents_hash()}: name the right one with --vae")
     notes |= dict(tts_name=revision(folder), vae_name=decoder.content_hash())  # before folding, which changes names
@@ -218,7 +219,7 @@ def say(args, dit, vae, device) -> None:
         raise InputError(f"prompt and --duration make {args.duration + len(wave) / rate:.1f} s, the model was trained on at most {limit:.1f} s")
     requests = [Request(wave, ref_text, piece, args.duration) for piece in pieces]
     frames = math.ceil(len(wave) / dit.config.hop)
-    slow = sum(plan(dit, frames, r, args.speed)[0] == len(f"{ref_text} {r.text}".encode()) + 1 for r in requests)
+    slow = 0 if args.duration else sum(plan(dit, frames, r, args.speed)[0] == len(f"{ref_text} {r.text}".encode()) + 1 for r in requests)
     if slow:
         print(f"{slow} of {len(pieces)} pieces have more bytes than frames at the prompt's pace: they are said more slowly")
     start, takes = time.time(), []

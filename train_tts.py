@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, at_rate, conv_head, duration_loss, flow_matching_loss
-from prepare import DEMO, Data, at_least, cli, has_bfloat16, lock, start_ranks, write_wave
+from prepare import DEMO, Data, at_least, cli, has_bfloat16, lock, mended_by, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
-from train_vae import Log, Means, Stop, compiled, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
+from train_vae import Log, Means, Stop, compiled, first_step, guarded_step, load_state, read_args, save_args, save_run, stopped_at, update_ema
 
 # --------------------------------------------------------------------------------------------------------------
 # Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.
@@ -47,6 +47,9 @@ class Utterances(torch.utils.data.Dataset):
         latents = data.meta["latents"]
         self.mean, self.std = torch.tensor(latents["mean"]), torch.tensor(latents["std"])
         self.frames, self.rate = data.counts("latents"), data.rate / latents["hop"]
+        need = {i: len(to_bytes(data.clips[i]["text"])) + (join > 1) for i in self.clips}  # a frame a byte, and one for the space between two clips
+        self.left_out = [i for i in self.clips if need[i] > self.frames[i]]
+        self.clips = [i for i in self.clips if need[i] <= self.frames[i]]
         self.groups = max(1, int(sum(self.frames[i] for i in self.clips) / self.rate / batch_seconds))  # steps in an epoch
 
     def examples(self, rng) -> list[list[int]]:
@@ -249,13 +252,17 @@ def main(argv=None):
 
     # ---- data, and the VAE that will decode the samples: it must be the one that made the latents
     train, valid = (Utterances(data, split, args.batch_seconds, args.join, args.seed) for split in ("train", "valid"))
+    if rank == 0 and (left_out := train.left_out + valid.left_out):
+        names = ", ".join(data.clips[i]["id"] for i in left_out[:3])
+        print(f"{len(left_out)} clips are left out, whose texts have more bytes than the clips have latent frames, among them {names}")
     if not train.clips or not valid.clips:
         raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips: both are needed: change its manifest's column split, or leave it out, and prepare it anew")
     longest = float(sum(sorted(train.frames[i] for i in train.clips)[-args.join :]) / train.rate)
     if args.batch_seconds < longest:  # else some steps would have nothing to learn from
         raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest example, {longest:.1f} s")
     vae_folder = args.vae or latents["vae"]
-    vae = SemanticVAE.from_pretrained(vae_folder).to(device)
+    with mended_by("--vae"):
+        vae = SemanticVAE.from_pretrained(vae_folder).to(device)
     if vae.latents_hash() != latents["vae_hash"]:
         raise InputError(f"{vae_folder} is VAE {vae.latents_hash()}, the latents in {args.data} come from {latents['vae_hash']}: run python prepare.py --out {args.data} --vae {vae_folder}")
 
@@ -281,13 +288,13 @@ def main(argv=None):
     ema = copy.deepcopy(dit).eval().requires_grad_(False)
     modules = dict(dit=dit, ema=ema, optimizer=optimizer) | (dict(hidden=hidden) if hidden else {})
     state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={}, seconds=0, intelligible=0)
-    first, means = state["step"], Means(state["means"], device)
+    first, means = first_step(args, state, rank), Means(state["means"], device)
 
     micro = MicroBatches(train, first, args.steps, args.micro_seconds, rank, world)
     loader = iter(torch.utils.data.DataLoader(train, batch_sampler=micro, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"))
     asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
     requests = fixed_requests(data, args.eval_sentences)
-    notes = dict(vae=os.path.relpath(vae_folder, args.out) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"],
+    notes = dict(vae=os.path.relpath(Path(vae_folder).resolve(), args.out.resolve()) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"],
                  sampling=dict(steps=args.sample_steps, cfg=args.sample_cfg))  # fmt: skip
     if rank == 0:
         save_args(args)

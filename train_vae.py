@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from model import (PRESETS, InputError, LogMel, SemanticVAE, VAEConfig, alignment_loss, at_rate, conv_head, kl_loss, load_torch, read_json,
                    upward_alignment_loss, write_atomic, write_json)  # fmt: skip
-from prepare import (PATIENCE, Data, SSLModel, at_least, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks,
-                     write_wave)  # fmt: skip
+from prepare import (PATIENCE, Data, SSLModel, at_least, cli, frame_count, in_demo, layer_number, load_teacher, lock, repeat_last,
+                     start_ranks, write_wave)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -301,14 +301,16 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> a
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="matrix products in bfloat16 (default: where that is faster, here %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="default %(default)s")
     known, _ = parser.parse_known_args(argv)
-    saved = known.out / "args.json"
+    there = [name for name in ("args.json", "state.pt", "config.json", "model.safetensors", "log.csv") if (known.out / name).exists()]
     if known.resume:
-        if not saved.exists():
-            raise InputError(f"{known.out} holds no run to resume (no args.json)")
-        parser.set_defaults(**read_json(saved))
+        if there[:2] != ["args.json", "state.pt"]:
+            raise InputError(f"{known.out} holds no run to resume (args.json and state.pt, of its first checkpoint): begin it without --resume")
+        parser.set_defaults(**{k: in_demo(v) for k, v in read_json(known.out / "args.json").items()})
     else:
-        if (known.out / "state.pt").exists():
+        if "state.pt" in there:
             raise InputError(f"{known.out} already holds a run: add --resume to go on with it, or choose another --out")
+        if there and not (known.out / ".lock").exists():
+            raise InputError(f"{known.out} holds a {there[0]}, but no run that was begun here: choose another --out")
         parser.set_defaults(**PRESETS[known.preset][kind])
     return parser.parse_args(argv)
 
@@ -338,6 +340,15 @@ def save_run(out: Path, step: int, model, notes: dict, modules: dict, means: dic
             shutil.rmtree(old)
     state = dict(step=step, means=means, **more, **{name: module.state_dict() for name, module in modules.items()})
     write_atomic(out / "state.pt", lambda p: torch.save(state, p))
+
+
+def first_step(args, state: dict, rank: int) -> int:
+    """The step that a run goes on with, and a word if none is left."""
+    if state["step"] > args.steps:
+        raise InputError(f"{args.out} has made {state['step']} steps, more than --steps {args.steps}: give more")
+    if state["step"] == args.steps and rank == 0:
+        print(f"{args.out} has made all of its {args.steps} steps: to go on, give more with --steps")
+    return state["step"]
 
 
 class Log:
@@ -594,7 +605,7 @@ def main(argv=None):
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     modules = dict(vae=vae, reader=reader, ema=ema, discriminators=discriminators, optimizer=optimizer, optimizer_d=optimizer_d)
     state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={}, seconds=0)
-    first, means = state["step"], Means(state["means"], device)
+    first, means = first_step(args, state, rank), Means(state["means"], device)
 
     # ---- the global batch, shared between ranks and micro-batches
     seconds = crops.frames * vae.config.hop / data.rate
