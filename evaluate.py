@@ -19,6 +19,7 @@ import functools
 import html
 import io
 import json
+import re
 import shutil
 import string
 import unicodedata
@@ -37,7 +38,8 @@ from torch import nn
 from tqdm import tqdm
 
 from model import InputError, SemanticVAE, load_torch, read_json, write_atomic
-from prepare import DEMO, barrier, cli, from_hub, lock, read_audio, resample, revision, start_ranks
+from prepare import (DEMO, SILENCE, at_least, barrier, cli, file_stamp, from_hub, lock, loudness, read_audio, read_lines, refuse_overwriting,
+                     resample, revision, start_ranks)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,27 @@ class Line:
     text: str
 
     @property
+    def says(self) -> int:
+        """Changes with what is to be said, and after what."""
+        return zlib.crc32(repr((self.ref, self.ref_text, self.text)).encode())
+
+    @property
     def wav(self) -> str:
         """File name of the synthesised speech."""
         return Path(self.gen).stem + ".wav"
 
 
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # scripts without spaces: Thai to Khmer, kana, Han
+
+
 def read_list(path: Path) -> list[Line]:
     """ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated, as F5-TTS publishes it."""
     try:
-        rows = [row.split("\t") for row in path.read_text(encoding="utf-8-sig").splitlines() if row.strip()]
+        rows = [row.split("\t") for _, row in read_lines(path)]
         lines = [Line(ref, float(a), ref_text.strip(), gen, float(b), text.strip()) for ref, a, ref_text, gen, b, text in rows]
     except (OSError, ValueError) as e:
-        raise InputError(f"{path} is not a list of six tab-separated columns ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text: {e}") from e
+        raise InputError(f"{path} is not a list of six tab-separated columns ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text: {e}. "
+                         f"seed-tts-eval's meta.lst becomes one by awk -F'|' -v OFS='\\t' '{{print $3, 1, $2, $1, 1, $4}}'") from e  # fmt: skip
     if any("\0" in line.gen + line.ref for line in lines):
         raise InputError(f"{path} has a file name with a null byte")
     names = Counter(line.wav for line in lines)
@@ -92,10 +103,15 @@ def normalize(text: str) -> str:
     return " ".join("".join(kept).split()).lower()
 
 
+def unspaced(text: str) -> bool:
+    return len(re.findall(f"[{UNSPACED}]", text)) > len(text) / 2
+
+
 def error_rates(references: list[str], hypotheses: list[str]) -> dict[str, float]:
-    """{cer, wer} over all pairs together, after normalisation."""
+    """{cer, wer} over all pairs together, after normalisation. Spaces are no characters where the script writes none."""
     references, hypotheses = [normalize(t) for t in references], [normalize(t) for t in hypotheses]
-    return dict(cer=jiwer.cer(references, hypotheses), wer=jiwer.wer(references, hypotheses))
+    characters = [[t.replace(" ", "") if unspaced(t) else t for t in texts] for texts in (references, hypotheses)]
+    return dict(cer=jiwer.cer(*characters), wer=jiwer.wer(references, hypotheses))
 
 
 def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
@@ -121,18 +137,20 @@ class Recognizer:
 
     def __init__(self, name: str, device, language: str = "en"):
         from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+        from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
         (config,) = from_hub("recogniser", name, "Config")
         self.whisper = config.model_type == "whisper"
         model, self.extractor, self.tokenizer = from_hub("recogniser", name, "ModelForSpeechSeq2Seq" if self.whisper else "ModelForCTC", "FeatureExtractor", "Tokenizer")
         self.model, self.device, self.identity = model.float().to(device).eval(), device, identity(name, config)
-        self.told = {}
-        if self.whisper and getattr(model.generation_config, "is_multilingual", True):
-            spoken = [token.strip("<|>") for token in getattr(model.generation_config, "lang_to_id", {})]
-            if language not in spoken:
-                raise InputError(f"{name} knows no --language {language}, but {', '.join(sorted(spoken))}")
+        self.told, multilingual = {}, self.whisper and getattr(model.generation_config, "is_multilingual", True)
+        spoken = [token.strip("<|>") for token in getattr(model.generation_config, "lang_to_id", {})] if multilingual else ["en"] if self.whisper else LANGUAGES
+        if language not in spoken:
+            raise InputError(f"{name} knows no --language {language}, but {', '.join(sorted(spoken))}")
+        if multilingual:
             self.told, self.identity = dict(language=language, task="transcribe"), self.identity + f"/{language}" * (language != "en")
-        self.whisper_normalize = EnglishTextNormalizer(getattr(self.tokenizer, "english_spelling_normalizer", None) or {})  # the map of spellings is Whisper's
+        spellings = getattr(self.tokenizer, "english_spelling_normalizer", None) or {}  # the map is Whisper's
+        self.whisper_normalize = EnglishTextNormalizer(spellings) if language == "en" else None
 
     @torch.no_grad()
     def __call__(self, wave: np.ndarray, rate: int = 16000) -> str:
@@ -306,12 +324,27 @@ def squim(device):
     return estimate
 
 
+def hear(path: Path, rate: int = 16000) -> np.ndarray:
+    """A recording [T] that holds something to score."""
+    wave = read_audio(path, rate)
+    checks = {
+        "holds non-finite samples": not np.isfinite(wave).all(),
+        f"holds {len(wave) / rate:.3f} s, expected at least 0.32 s": len(wave) < 0.32 * rate,
+        "is silent": loudness(wave, rate)[1] < SILENCE,
+    }
+    for what, found in checks.items():
+        if found:
+            raise InputError(f"{path} {what}: make it again, or take it out of --list")
+    return wave
+
+
 def recording(system: str, line: Line, args, rebuild) -> tuple[np.ndarray, dict]:
     """The wave of one row's utterance at 16 kHz and, of a reconstruction, its distances to the original."""
     if system == "synthesis":
-        return read_audio(args.generated / line.wav, 16000), {}
+        return hear(args.generated / line.wav), {}
     path = find_audio(args.audio, line.gen)
-    return rebuild[0](path) if system == "reconstruction" else (read_audio(path, 16000), {})
+    wave = hear(path)
+    return rebuild[0](path) if system == "reconstruction" else (wave, {})
 
 
 def score(system: str, line: Line, args, asr, sim, voice, rebuild, quality) -> dict:
@@ -319,10 +352,12 @@ def score(system: str, line: Line, args, asr, sim, voice, rebuild, quality) -> d
     wave, more = recording(system, line, args, rebuild)
     if not np.isfinite(wave).all():
         raise InputError(f"{line.wav} holds non-finite samples")
-    reference, hypothesis = normalize(line.text), asr(wave)
-    wer, wer_whisper = jiwer.wer(reference, normalize(hypothesis)), jiwer.wer(asr.whisper_normalize(line.text) or reference, asr.whisper_normalize(hypothesis))
-    similarity = float(sim(wave) @ voice(find_audio(args.audio, line.ref)))
-    return dict(system=system, utterance=line.gen, wer=wer, wer_whisper=wer_whisper, sim=similarity, **more, **(quality(wave) if quality else {}), reference=line.text, hypothesis=hypothesis)
+    hypothesis = asr(wave)
+    scores = error_rates([line.text], [hypothesis]) | dict(sim=float(sim(wave) @ voice(find_audio(args.audio, line.ref))))
+    if asr.whisper_normalize:
+        reference = asr.whisper_normalize(line.text) or normalize(line.text)
+        scores["wer_whisper"] = jiwer.wer(reference, asr.whisper_normalize(hypothesis))
+    return dict(system=system, utterance=line.gen, **scores, **more, **(quality(wave) if quality else {}), reference=line.text, hypothesis=hypothesis)
 
 
 def read_records(work: Path, key: str) -> dict[tuple[str, str], dict]:
@@ -452,29 +487,32 @@ def parse_args(argv=None):
     parser.add_argument("--sim", default=str(DEMO / "sv"), help="speaker model: hub id or folder of x-vectors, or wavlm_large_finetune.pth for the papers' SIM-o (default: the demo's)")
     parser.add_argument("--squim", action="store_true", help="also estimate STOI and PESQ by torchaudio's SQUIM, whose weights it downloads")
     parser.add_argument("--report", type=Path, help="also write a page to this folder: players, spectrograms, scores, curves, latents")
-    parser.add_argument("--report-clips", type=int, default=6, help="utterances on that page (default %(default)s)")
+    parser.add_argument("--report-clips", type=at_least(0), default=6, help="utterances on that page (default %(default)s)")
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders whose log.csv and samples/ it shows (default without --list: the demo's)")
     parser.add_argument("--compare", metavar="VAE", help="another VAE, whose latents it shows beside those of --reconstruct")
-    parser.add_argument("--limit", type=int, help="at most so many lines of the list")
+    parser.add_argument("--limit", type=at_least(1), help="at most so many lines of the list")
     parser.add_argument("--dry-run", action="store_true", help="only look whether every file is there")
     parser.add_argument("--out", type=Path, default=Path("runs/scores.csv"), help="one line an utterance (default %(default)s)")
     args = parser.parse_args(argv)
     if not args.list:  # the demo's table
         args.list = DEMO / "corpus" / "test.lst"
         args.generated, args.reconstruct = args.generated or Path("runs/samples"), args.reconstruct or str(DEMO / "vae")
-        args.runs = args.runs or [DEMO / "vae", DEMO / "tts"]
+        args.runs = args.runs or [DEMO / "vae", DEMO / "tts"] if args.report else args.runs
     args.audio = args.audio or args.list.parent
+    for name in ("runs", "compare") if not args.report else ():
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name} is for the page: give --report, or drop it")
     return args
 
 
 COLUMNS = {  # of the table: heading, factor
-    "wer": ("WER %", 100), "corpus": ("corpus WER %", 100), "wer_whisper": ("Whisper-norm. WER %", 100), "sim": ("SIM", 1), "mel": ("mel", 1), "stft": ("STFT", 1),
+    "wer": ("WER %", 100), "cer": ("CER %", 100), "corpus": ("corpus WER %", 100), "wer_whisper": ("Whisper-norm. WER %", 100), "sim": ("SIM", 1), "mel": ("mel", 1), "stft": ("STFT", 1),
     "si_sdr": ("SI-SDR dB", 1), "stoi": ("STOI est.", 1), "pesq": ("PESQ est.", 1)}  # fmt: skip
 
 
 def make_table(systems: list[str], records: list[dict]) -> list[list[str]]:
-    """A heading, then one row a system, with one column a score that any of them has."""
-    cells = {}
+    """A heading, then one row a system, with one column a score that any of them has: words first, or characters where no spaces are written."""
+    cells, main = {}, "cer" if unspaced("".join(r["reference"] for r in records)) else "wer"
     for system in systems:
         rows = [r for r in records if r["system"] == system]
         for column, (_, factor) in COLUMNS.items():
@@ -483,9 +521,9 @@ def make_table(systems: list[str], records: list[dict]) -> list[list[str]]:
             elif column in rows[0]:
                 values = [factor * r[column] for r in rows]
                 digits = 2 if factor > 1 else 3
-                low_high = " [{:.{d}f}, {:.{d}f}]".format(*interval(values), d=digits) if column in ("wer", "sim") else ""
+                low_high = " [{:.{d}f}, {:.{d}f}]".format(*interval(values), d=digits) if column in (main, "sim") else ""
                 cells[system, column] = f"{np.mean(values):.{digits}f}{low_high}"
-    shown = [c for c in COLUMNS if any((system, c) in cells for system in systems)]
+    shown = [c for c in sorted(COLUMNS, key=lambda c: c != main) if any((system, c) in cells for system in systems)]
     return [["system", *(COLUMNS[c][0] for c in shown)], *([system, *(cells.get((system, c), "") for c in shown)] for system in systems)]
 
 
@@ -498,34 +536,43 @@ def main(argv=None):
     for run in args.runs if args.report else ():
         if not (run / "log.csv").is_file():
             raise InputError(f"{run} is no run folder (no log.csv): name with --runs what train_vae.py and train_tts.py wrote")
+    page = args.report and args.report / "index.html"
+    if page and page.exists() and not page.read_bytes().startswith(PAGE[:100].encode()):
+        raise InputError(f"{page} is no page of ours: choose another --report")
     rebuild = reconstructor(args.reconstruct, device) if args.reconstruct else None
     systems = [name for name, wanted in (("original", not args.no_original), ("reconstruction", rebuild), ("synthesis", args.generated)) if wanted]
 
     # ---- every file and text, before an hour is spent
-    if not systems or not lines:
-        raise InputError("nothing to score: drop --no-original, or give --generated or --reconstruct, and a --limit of at least 1")
+    if not systems:
+        raise InputError("nothing to score: drop --no-original, or give --generated or --reconstruct")
     missing = [line.wav for line in lines if args.generated and not (args.generated / line.wav).is_file()]
     if missing:
         raise InputError(f"{args.generated} lacks {len(missing)} of {len(lines)} wavs, the first {missing[0]}: run python sample.py --list {args.list} --out {args.generated}")
+    recordings = [args.generated / line.wav for line in lines if args.generated]
     for line in lines:
-        find_audio(args.audio, line.ref)
+        recordings.append(find_audio(args.audio, line.ref))
         if not normalize(line.text):
             raise InputError(f"the text of {line.gen} is empty once punctuation is removed")
         if systems != ["synthesis"]:
-            find_audio(args.audio, line.gen)
+            recordings.append(find_audio(args.audio, line.gen))
+    made = read_json(args.generated / "settings.json") if args.generated and (args.generated / "settings.json").exists() else {}
+    other = [line.wav for line in lines if made.get("said", {}).get(line.wav, [line.says])[0] != line.says]
+    if other:
+        raise InputError(f"{args.generated} was made from other texts than {args.list} has ({len(other)}, the first {other[0]}): run sample.py --list again, to another --out")
+    refuse_overwriting(args.out, [args.list, *recordings])
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out} is a folder: expected the name of a table, such as {args.out / 'scores.csv'}")
     if args.dry_run:
         print(f"{args.list}: {len(lines)} utterances for {', '.join(systems)}; every file is there")
         return
     asr, sim = Recognizer(args.asr, device, args.language), (SIMo if args.sim.endswith(".pth") else SpeakerModel)(args.sim, device)
-    quality, voice = squim(device) if args.squim else None, functools.cache(lambda path: sim(read_audio(path, 16000)))
+    quality, voice = squim(device) if args.squim else None, functools.cache(lambda path: sim(hear(path)))
 
     # ---- this rank's utterances; a record is kept as soon as it is made, should this be interrupted
-    made = read_json(args.generated / "settings.json") if args.generated and (args.generated / "settings.json").exists() else {}
     how = "".join(f" {k}={made.get(k, '?')}" for k in ("tts", "seed", "steps", "cfg", "cfg_until", "sway", "speed")) if args.generated else ""
     signature = (f"list={args.list.name} asr={asr.identity} sim={sim.identity} normalizer=seed-tts-eval wer=utterance-mean"
                  f"{f' vae={rebuild[1]}' if rebuild else ''}{how}")  # fmt: skip
-    newest = max((args.generated / line.wav).stat().st_mtime_ns for line in lines) if args.generated else 0
-    work, key = args.out.with_name(args.out.name + ".work"), f"{signature} {zlib.crc32(repr(lines).encode())} {args.audio} {args.generated} {newest} {args.squim}"
+    work, key = args.out.with_name(args.out.name + ".work"), f"{signature} {zlib.crc32(repr([lines, *map(file_stamp, recordings)]).encode())} {args.audio} {args.generated} {args.squim}"
     done, held = read_records(work, key), lock(work) if rank == 0 else None
     barrier()  # all ranks have seen the same records before the next is written
     work.mkdir(parents=True, exist_ok=True)
@@ -550,6 +597,8 @@ def main(argv=None):
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         print("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+    if DEMO in Path(args.asr).resolve().parents or DEMO in Path(args.sim).resolve().parents:
+        signature += "; by the demo's own scorers: compare nothing but the demo with it (--asr, --sim)"
     print(f"{signature}; each utterance in {args.out}")
     if args.report:
         rows = "".join(f"<tr>{''.join(f'<t{kind}>{html.escape(cell)}</t{kind}>' for cell in row)}</tr>" for kind, row in zip(["h", *"d" * len(systems)], table))

@@ -946,12 +946,15 @@ def load_torch(path: Path) -> dict:
         raise InputError(f"cannot read {path}: {(str(e) or repr(e)).splitlines()[0]}") from e
 
 
+HERE = (".", "/", "data/", "demo/", "downloads/", "runs/")  # how paths of ours begin, for which the hub is never asked
+
+
 def local_folder(name: str | Path) -> Path:
     """A folder on this disk, or a hub id such as zkniu/Semantic-VAE/semantic_vae, which is downloaded."""
     if Path(name).is_dir():
         return Path(name)
     parts = str(name).split("/")
-    if len(parts) < 2 or str(name).startswith((".", "/")) or Path(parts[0]).exists():
+    if len(parts) < 2 or str(name).startswith(HERE) or Path(parts[0]).exists():
         raise InputError(f"no folder {name} (expected a checkpoint folder, or a hub id such as zkniu/Semantic-VAE/semantic_vae)")
     from huggingface_hub import snapshot_download
 

@@ -12,15 +12,18 @@ The data folder, whose clips stand in every array in the order of the index:
     starts.bin   float32 [bytes of all texts]: the second at which each byte begins; nan in clips that could not be aligned
     latents-HASH.bin  float16 [latent frames of all clips, 2, latent_dim]: mean and log-variance, by the VAE with this latents_hash()
     meta.json    sample rate, teacher, VAEs, counts, hours, the latents' statistics
-    settings.json what the folder was made with: other settings are refused
+    settings.json what the folder was made with, and of which texts and recordings: others are refused
     dropped.tsv  every clip that was left out, with its reason
 
 Killed at any moment and run again, it continues and ends with the same bytes.
 """
 
 import argparse
+import contextlib
+import csv
 import datetime
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -46,7 +49,7 @@ import torch.distributed as dist
 import torchaudio
 from tqdm import tqdm
 
-from model import InputError, LogMel, SemanticVAE, fold_weight_norm, read_json, write_atomic, write_json
+from model import HERE, InputError, LogMel, SemanticVAE, fold_weight_norm, read_json, write_atomic, write_json
 
 try:
     import fcntl
@@ -56,6 +59,9 @@ except ImportError:  # Windows
 DEMO = Path(__file__).resolve().parent / "demo"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 PATIENCE = datetime.timedelta(hours=24)  # of ranks that share out clips: they meet once, at the end of a long job
+WORK = ".prepare"  # scratch space in --out, removed in the end: a name that no folder of the user's has
+FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", None)}
+SILENCE = 2e-4  # loudness below which nothing is said, of 1 at full scale
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -96,6 +102,20 @@ def has_bfloat16() -> bool:
     return torch.cuda.is_available() or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
+def at_least(least: float, kind=int, most: float = sys.maxsize):
+    """What a flag may be, for add_argument(type=...): a number from `least` to `most`."""
+
+    def number(text: str):
+        value = kind(text)
+        if not least <= value <= most:  # nan is neither
+            limits = f"at least {least}" if most == sys.maxsize else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, found {text}")
+        return value
+
+    number.__name__ = kind.__name__  # which argparse names where the text is no number
+    return number
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -129,6 +149,7 @@ def cli(main) -> None:
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
     sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         try:
@@ -156,6 +177,28 @@ def cli(main) -> None:
         code = 1
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code) if dist.is_initialized() else sys.exit(code)
+
+
+@contextlib.contextmanager
+def mended_by(flag: str):
+    """Adds to an InputError that a path noted earlier leads to what a flag can say."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{e}: if it was moved, name it with {flag}") from e
+
+
+def in_demo(path):
+    """A path into demo/ that was noted before the checkout was moved, as it is now; else as it is."""
+    moved = DEMO / str(path).rpartition("/demo/")[2]
+    return str(moved) if "/demo/" in str(path) and not Path(path).exists() and moved.exists() else path
+
+
+def refuse_overwriting(out: Path, inputs) -> None:
+    """Nothing is written over what is read, however its path is spelled."""
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"--out {out} is {path}, which is read: choose another --out")
 
 
 def lock(folder: Path):
@@ -199,21 +242,63 @@ def normalize_text(text: str, mode: str) -> str:
     return " ".join(text.split())
 
 
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, line) of all that are not blank, ended by line feeds alone: str.splitlines() would cut texts at what only looks like one."""
+    lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    return [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def says_something(text: str) -> bool:
+    return any(map(str.isalnum, text))
+
+
+@contextlib.contextmanager
+def opened(path: str | Path):
+    """A recording as a soundfile. One that cannot be read is an InputError, with the reason and what mends it."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            others = (f" (but one that ends in {suffix})" for suffix in FORMATS if path.with_suffix(suffix).is_file())
+            raise InputError(f"cannot read {path}: no such file{next(others, '')}")
+        with sf.SoundFile(path) as file:
+            yield file
+    except (sf.SoundFileError, OSError, TypeError, ValueError) as e:  # TypeError: a file without a header
+        why = getattr(e, "error_string", str(e)).strip(".").replace(str(path), "it")
+        raise InputError(f"cannot read {path}: {why} (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)") from e
+
+
+def file_stamp(path: Path) -> tuple:
+    """What changes with a file: its size and time; empty, if it is missing."""
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
+
+
+def seconds_of(path: str | Path) -> float:
+    with opened(path) as file:
+        return file.frames / file.samplerate
+
+
 def read_audio(path: str | Path, rate: int) -> np.ndarray:
     """Any file soundfile reads → mono float32 [T] at `rate`. Raises InputError if it cannot be read or is empty."""
     blocks = []
-    try:
-        with sf.SoundFile(path) as f:
-            source_rate = f.samplerate
-            while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # as much as there is, not as the header says
-                blocks.append(block.mean(1))
-    except (sf.SoundFileError, OSError, ValueError) as e:
-        raise InputError(f"cannot read {path}: {e} (wav, flac, ogg, opus and mp3 can be read)") from e
+    with opened(path) as f:
+        source_rate = f.samplerate
+        while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # as much as there is, not as the header says
+            blocks.append(block.mean(1))
     if not blocks:
-        raise InputError(f"{path} holds no samples")
+        raise InputError(f"cannot read {path}: it holds no samples")
+    wave = np.concatenate(blocks)
+    if 4 < np.abs(wave).max() < math.inf:
+        raise InputError(f"cannot read {path}: its samples are not within -1 and 1: divide them by their full scale")
     if source_rate * rate / math.gcd(source_rate, rate) ** 2 > 1 << 26:  # its filters would fill the memory
         raise InputError(f"cannot read {path}: {source_rate} Hz has too little in common with {rate} Hz: resample it first")
-    return resample(np.concatenate(blocks), source_rate, rate)
+    return resample(wave, source_rate, rate)
+
+
+def loudness(wave: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
+    """(RMS of each 20 ms of a wave [T] without its mean, what five of them reach: speech lasts so long, a click does not)."""
+    frames = (wave - wave.mean())[: len(wave) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
+    levels = np.sqrt(np.square(frames).mean(1))
+    return levels, float(np.sort(levels)[-5:][0]) if len(levels) else 0.0
 
 
 def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -222,7 +307,9 @@ def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 
 def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
-    write_atomic(path, lambda p: sf.write(p, wave, rate, format="WAV", subtype="PCM_16"))
+    """In the format that the path's suffix says."""
+    kind, subtype = FORMATS[path.suffix.lower()]
+    write_atomic(path, lambda p: sf.write(p, wave, rate, format=kind, subtype=subtype))
 
 
 def frame_count(samples, sample_rate: int, frame_rate):
@@ -246,7 +333,7 @@ class Data:
         """need: the arrays to open. Of "latents" there may be several: those of the VAE with this latents_hash(), or else the newest."""
         self.folder = Path(folder)
         if not (self.folder / "meta.json").exists():
-            raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out {folder} first")
+            raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out {folder} first, or name the folder with --data")
         self.meta = read_json(self.folder / "meta.json")
         files = {name: name for name in need}
         latents = [name for name in self.meta if name.startswith(f"latents-{vae_hash}")]
@@ -258,9 +345,9 @@ class Data:
                 remedy = {"ssl": "--ssl MODEL", "latents": "--vae RUN", "starts": "--aligner MODEL"}.get(name, "")
                 raise InputError(f"{folder} holds no {name}: run python prepare.py --out {folder} {remedy} first")
         try:
-            index = (self.folder / "index.tsv").read_bytes()
-            lines = index.decode().splitlines()[1:]
-            self.identity = f"{zlib.crc32(index):08x}"  # of clips, texts and split
+            index = self.folder / "index.tsv"
+            lines = [line for _, line in read_lines(index)][1:]
+            self.identity = f"{zlib.crc32(index.read_bytes()):08x}"  # of clips, texts and split
             self.clips = [dict(zip(("id", "split", "speaker", "samples", "text"), line.split("\t"), strict=True)) for line in lines]
             self.rate = self.meta["sample_rate"]
             self.samples = np.array([int(c["samples"]) for c in self.clips])
@@ -305,33 +392,56 @@ class Data:
 # Where the clips come from: lists of (id, path, speaker, text, split), split "" where the source does not say.
 
 
+COLUMNS = dict(audio=("audio", "audio_file", "file_name"), text=("text", "transcription"),
+               speaker=("speaker", "speaker_name", "speaker_id"), split=("split",))  # fmt: skip
+CONVERT = "awk -F'|' 'BEGIN {print \"audio|speaker|text\"} {print \"wavs/\" $1 \".wav|\" $3 \"|\" $2}' FILE > manifest.csv, with your columns' numbers"
+
+
+def fields(line: str, mark: str) -> list[str]:
+    return next(csv.reader([line.replace("\r", " ")])) if mark == "," else line.split(mark)
+
+
+def mark_of(header: str) -> str:
+    """What stands between the columns, if a line is a manifest's header; else nothing."""
+    named = (mark for mark in "|\t," if all(set(COLUMNS[name]) & set(fields(header, mark)) for name in ("audio", "text")))
+    return next(named, "")
+
+
 def from_manifest(path: Path):
-    """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths relative to it."""
-    lines = enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
-    (_, header), *rows = [(n, line.split("|")) for n, line in lines if line.strip()] or [(1, [])]
-    for column in ("audio", "speaker", "text"):
-        if column not in header:
-            raise InputError(f"{path} has no column {column}: its first line is {'|'.join(header)!r}, expected audio|speaker|text")
-    for n, values in rows:
-        if len(values) != len(header):
-            raise InputError(f"{path}, line {n}: found {len(values)} columns, expected {len(header)}")
-        row = dict(zip(header, values))
-        if row.get("split", "") not in ("", "train", "valid", "test"):
-            raise InputError(f"{path}, line {n}: split is {row['split']!r}, expected train, valid or test")
-        yield row["audio"], path.parent / row["audio"], row["speaker"], row["text"], row.get("split", "")
+    """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths relative to it. Also with tabs or
+    commas between, and by the names of COLUMNS. Without speakers each clip counts as a voice of its own."""
+    (_, header), *rows = read_lines(path) or [(1, "")]
+    mark = mark_of(header)
+    if not mark:
+        raise InputError(f"{path} has no columns audio and text: its first line is {header!r}, expected audio|speaker|text. To convert it: {CONVERT}")
+    names = fields(header, mark)
+    places = {name: next((names.index(a) for a in known if a in names), None) for name, known in COLUMNS.items()}
+    for n, line in rows:
+        values = fields(line, mark)
+        if len(values) != len(names):
+            raise InputError(f"{path}, line {n}: found {len(values)} columns, expected {len(names)}")
+        audio, text, speaker, split = (values[place].strip() if place is not None else "" for place in places.values())
+        if split not in ("", "train", "valid", "test"):
+            raise InputError(f"{path}, line {n}: split is {split!r}, expected train, valid or test")
+        yield audio, path.parent / audio, speaker or audio, text, split
+
+
+def below(root: Path, pattern: str):
+    """Paths that match, also in folders that are links."""
+    return (root / name for name in glob.iglob(pattern, root_dir=root, recursive=True))
 
 
 def from_libritts(root: Path):
     """speaker/chapter/NAME.wav beside NAME.normalized.txt."""
-    for path in root.rglob("*.normalized.txt"):
+    for path in below(root, "**/*.normalized.txt"):
         wave = path.with_name(path.name.replace(".normalized.txt", ".wav"))
         yield str(wave.relative_to(root)), wave, wave.name.split("_")[0], path.read_text(encoding="utf-8-sig"), ""
 
 
 def from_librispeech(root: Path):
     """speaker/chapter/NAME.flac, with all texts of a chapter in one .trans.txt."""
-    for path in root.rglob("*.trans.txt"):
-        for line in path.read_text(encoding="utf-8-sig").splitlines():
+    for path in below(root, "**/*.trans.txt"):
+        for _, line in read_lines(path):
             name, _, text = line.partition(" ")
             wave = path.with_name(f"{name}.flac")
             yield str(wave.relative_to(root)), wave, name.split("-")[0], text, ""
@@ -339,7 +449,7 @@ def from_librispeech(root: Path):
 
 def from_vctk(root: Path):
     """txt/SPEAKER/NAME.txt, and wav48_silence_trimmed/SPEAKER/NAME_mic1.flac or wav48/SPEAKER/NAME.wav."""
-    for path in root.glob("txt/*/*.txt"):
+    for path in below(root, "txt/*/*.txt"):
         speaker, name = path.parent.name, path.stem
         places = [root / "wav48_silence_trimmed" / speaker / f"{name}_mic1.flac", root / "wav48" / speaker / f"{name}.wav"]
         wave = next((p for p in places if p.exists()), places[-1])
@@ -347,12 +457,24 @@ def from_vctk(root: Path):
 
 
 def from_ljspeech(root: Path):
-    """metadata.csv (name|text|normalised text) and wavs/NAME.wav."""
-    for line in (root / "metadata.csv").read_text(encoding="utf-8-sig").splitlines():
-        name, *texts = line.split("|")
-        yield f"wavs/{name}.wav", root / "wavs" / f"{name}.wav", "LJ", texts[-1] if texts else "", ""
+    """metadata.csv, name|text or name|text|normalised text without a header, and wavs/NAME.wav; or a manifest of that name."""
+    path = root / "metadata.csv"
+    lines = read_lines(path)
+    if lines and mark_of(lines[0][1]):
+        yield from from_manifest(path)
+        return
+    rows = [line.split("|") for _, line in lines]
+    words = [[set(normalize_text(text, "plain").split()) for text in row[1:]] for row in rows if row[-1].strip()]
+    alike = [bool(texts[0] & texts[1]) for texts in words if len(texts) == 2]
+    if any(len(row) not in (2, 3) for row in rows) or sum(alike) < len(alike) / 2:
+        raise InputError(f"{path} is not name|text or name|text|normalised text (line 1: {lines[0][1]!r}). To convert it: {CONVERT}")
+    for name, *texts in rows:
+        yield f"wavs/{name}.wav", root / "wavs" / f"{name}.wav", LJ, texts[-1] if texts[-1].strip() else texts[0], ""
 
 
+CHOICES = ("sample_rate", "text", "min_seconds", "max_seconds", "valid")  # of the flags: by what clips are chosen and how they are kept
+VALID = 0.01
+LJ = "LJ"  # the one speaker of a folder in LJSpeech's layout
 LAYOUTS = {  # a path that only this layout has: its reader
     "manifest.csv": lambda root: from_manifest(root / "manifest.csv"),
     "**/*.normalized.txt": from_libritts,
@@ -366,20 +488,55 @@ def list_clips(source: Path) -> list[tuple]:
     """All clips of a manifest or folder, sorted by id."""
     if not source.exists():
         raise InputError(f"no such file or folder: {source}")
-    read = from_manifest if source.is_file() else next((read for pattern, read in LAYOUTS.items() if next(source.glob(pattern), None)), None)
+    read = from_manifest if source.is_file() else next((read for pattern, read in LAYOUTS.items() if next(below(source, pattern), None)), None)
     if not read:
         raise InputError(f"no speech found in {source} (looked for {', '.join(LAYOUTS)})")
     try:
         clips = sorted(read(source))
         "".join(name + speaker for name, _, speaker, _, _ in clips).encode()
-    except (OSError, UnicodeError) as e:
+    except (OSError, UnicodeError, csv.Error) as e:
         raise InputError(f"cannot read the transcripts of {source}, or one, or a file's name, is not UTF-8: {e}") from e
     if not clips:
         raise InputError(f"{source} lists no clips")
     for name, _, speaker, _, _ in clips:  # which the index could not hold
-        if "\t" in name + speaker or len(f"{name}.{speaker}.".splitlines()) > 1:
-            raise InputError(f"{source}: {name!r} by {speaker!r} has a tab or a line break in its name")
+        if set("\t\0") & set(name + speaker) or len(f"{name}.{speaker}.".splitlines()) > 1:
+            raise InputError(f"{source}: {name!r} by {speaker!r} has a tab, a line break or a null byte in its name")
     return clips
+
+
+def gather(sources: list[Path]) -> tuple[list[tuple], dict[str, list]]:
+    """The clips of all sources, and by their names what changes with a text or a recording: it belongs to a folder's settings."""
+    clips, made_of, files = [], {}, {}
+    for source in sources:
+        for name, path, speaker, text, split in list_clips(source):
+            if len(sources) > 1:
+                name, speaker = f"{source}:{name}", f"{source}:{LJ}" if speaker == LJ else speaker
+            file = os.path.realpath(path)
+            if file in files:
+                raise InputError(f"{files[file]} and {name} are one recording, which could be trained on and validated with: take one out of the list")
+            files[file] = name
+            clips.append((name, path, speaker, text, split))
+            made_of[name] = [zlib.crc32(f"{speaker} {text} {split}".encode()), *file_stamp(path)]
+    return clips, made_of
+
+
+def differences(found: dict, wanted: dict) -> str:
+    """What differs between two settings, clip by clip, in words."""
+    found, wanted = ({k: v for key, value in s.items() for k, v in (value.items() if isinstance(value, dict) else [(key, value)])} for s in (found, wanted))
+    differ = [f"{k}: {found.get(k)}, now {wanted.get(k)}" for k in found | wanted if found.get(k) != wanted.get(k)]
+    return "; ".join(differ[:3]) + f" and {len(differ) - 3} more" * (len(differ) > 3)
+
+
+def begin(out: Path, settings: dict, rank: int) -> None:
+    """Note in a new folder what it is made with and of; refuse one that was begun otherwise, or not by us."""
+    path, begun = out / "settings.json", (out / "meta.json").exists() or (out / WORK).exists()
+    foreign = [name for name in ("meta.json", "index.tsv", "audio.bin", "dropped.tsv") if (out / name).exists() and not path.exists()]
+    if foreign:
+        raise InputError(f"{out} holds a {foreign[0]}, but no settings.json that says how we made it: choose another --out")
+    if begun and (differ := differences(read_json(path), settings)):
+        raise InputError(f"{out} was made with other settings or recordings ({differ}): choose another --out, or remove it")
+    if rank == 0:
+        write_json(path, settings)
 
 
 def download(subsets: str, root: Path) -> list[Path]:
@@ -388,7 +545,7 @@ def download(subsets: str, root: Path) -> list[Path]:
     for name in subsets.split(","):
         corpus, _, subset = name.rpartition(":")
         dataset, inside = (torchaudio.datasets.LIBRISPEECH, "LibriSpeech") if corpus == "librispeech" else (torchaudio.datasets.LIBRITTS, "LibriTTS")
-        partial, folder = root / "partial", root / inside / subset
+        partial, folder = root / WORK, root / inside / subset
         if not folder.is_dir():
             shutil.rmtree(partial / inside / subset, ignore_errors=True)  # torchaudio would take a half unpacked one for the whole
             partial.mkdir(parents=True, exist_ok=True)
@@ -409,7 +566,7 @@ def download(subsets: str, root: Path) -> list[Path]:
 def each_chunk(args, name: str, count: int, do, rank: int, world: int) -> list[Path]:
     """do(part) for this rank's share of the clips 0 … count-1, args.chunk at a time, that is not marked as done. What it returns stands in
     the marks, which are returned."""
-    marks = [args.out / "work" / f"{name}-{k}" for k in range(math.ceil(count / args.chunk))]
+    marks = [args.out / WORK / f"{name}-{k}" for k in range(math.ceil(count / args.chunk))]
     todo = [k for k in range(rank, len(marks), world) if not marks[k].exists()]
     pace = 1 if sys.stderr.isatty() else 60  # seconds between two sights of the bar: in a file, each is a line
     for k in tqdm(todo, desc=name, unit="chunk", disable=rank > 0, mininterval=pace):
@@ -419,32 +576,34 @@ def each_chunk(args, name: str, count: int, do, rank: int, world: int) -> list[P
     return marks
 
 
-def read_clip(clip, args) -> tuple[bytes, str]:
-    """The int16 samples of a clip that is fit for training; else none, and why it is not."""
+def read_clip(clip, args) -> tuple[bytes, str, int]:
+    """The int16 samples of a clip that is fit for training; else none, and why it is not. And the rate it was recorded at."""
     _, path, _, text, _ = clip
     try:
         wave = read_audio(path, args.sample_rate)
+        with opened(path) as file:
+            rate = file.samplerate
     except InputError as e:
-        return b"", "no samples" if "no samples" in str(e) else "unreadable"
+        return b"", str(e).removeprefix(f"cannot read {path}: "), 0
     checks = {
-        "empty text": not normalize_text(text, args.text),
+        "empty text": not says_something(normalize_text(text, args.text)),
         "non-finite samples": not np.isfinite(wave).all(),
         f"shorter than {args.min_seconds} s": len(wave) < args.min_seconds * args.sample_rate,
         f"longer than {args.max_seconds} s": len(wave) > args.max_seconds * args.sample_rate,
-        "silent": np.abs(wave).max() < 1e-3,
+        "silent": loudness(wave, args.sample_rate)[1] < SILENCE,
     }
     why = next((reason for reason, found in checks.items() if found), "")
-    return b"" if why else (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), why
+    return b"" if why else (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), why, rate
 
 
 def fill_audio(clips, args, rank: int, world: int) -> None:
     """Read every clip; then write audio.bin, dropped.tsv, index.tsv and the first meta.json."""
-    out, part_file = args.out, lambda start: args.out / "work" / f"{start}.audio"
+    out, part_file = args.out, lambda start: args.out / WORK / f"{start}.audio"
 
     def read(part):
         found = list(pool.map(lambda i: read_clip(clips[i], args), part))
-        write_atomic(part_file(part.start), lambda p: p.write_bytes(b"".join(samples for samples, _ in found)))
-        return [(len(samples) // 2, why) for samples, why in found]
+        write_atomic(part_file(part.start), lambda p: p.write_bytes(b"".join(samples for samples, _, _ in found)))
+        return [(len(samples) // 2, why, rate) for samples, why, rate in found]
 
     def join(path):
         with open(path, "wb") as f:
@@ -456,11 +615,13 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
     if rank > 0:
         return
     verdicts = [v for mark in marks for v in json.loads(mark.read_text(encoding="utf-8"))]
-    kept = [(*clip, samples) for clip, (samples, _) in zip(clips, verdicts) if samples]
-    dropped = [(clip[0], why) for clip, (_, why) in zip(clips, verdicts) if why]
+    kept = [(*clip, samples) for clip, (samples, _, _) in zip(clips, verdicts) if samples]
+    dropped = [(clip[0], why) for clip, (_, why, _) in zip(clips, verdicts) if why]
+    for rate, count in sorted(Counter(rate for samples, _, rate in verdicts if samples and rate < args.sample_rate).items()):
+        print(f"{count} clips were recorded at {rate} Hz: nothing above {rate // 2} Hz is in them (--sample-rate {args.sample_rate})")
     write_atomic(out / "dropped.tsv", lambda p: p.write_text("".join(f"{name}\t{why}\n" for name, why in dropped), encoding="utf-8"))
     if not kept:
-        shutil.rmtree(out / "work")  # mended, they are looked at again
+        shutil.rmtree(out / WORK)  # mended, also by other settings, they are looked at again
         raise InputError(f"all {len(clips)} clips were dropped; the reasons are in {out / 'dropped.tsv'}, the first: {dropped[0][1]}")
     if not any(c[4] for c in kept):  # no split given: the clips whose names hash lowest are for validation
         order = sorted(range(len(kept)), key=lambda i: zlib.crc32(kept[i][0].encode()))
@@ -480,7 +641,7 @@ def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int
 
     Every rank writes its chunks into the one file; what another pass, model or VAE left half-done is removed. Written, not mapped: a full disk
     would kill a process that writes through a map, without a word."""
-    work, offsets = args.out / "work", data.offsets_at(entry["rate"])
+    work, offsets = args.out / WORK, data.offsets_at(entry["rate"])
     path, shape = work / f"{zlib.crc32(json.dumps([entry, args.chunk]).encode())}.bin", (int(offsets[-1]), *width)
     row_bytes = np.dtype(dtype).itemsize * math.prod(width)
     if rank == 0 and not path.exists():
@@ -528,12 +689,15 @@ def from_hub(what: str, name: str, *kinds: str) -> list:
     """What transformers' Auto classes of these kinds load by hub id or folder; failing is an InputError that says what was asked for."""
     import transformers
 
+    flag = {"SSL model": "--ssl", "aligner": "--aligner", "recogniser": "--asr", "speaker model": "--sim"}[what]
+    if str(name).startswith(HERE) and not Path(name).exists():
+        raise InputError(f"cannot load the {what} {name}: no such folder: if it was moved, name it with {flag}")
     transformers.utils.logging.set_verbosity_error()  # a CTC head left out is not worth a page of warning
     transformers.utils.logging.disable_progress_bar()
     try:
         return [getattr(transformers, f"Auto{kind}").from_pretrained(name) for kind in kinds]
     except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}") from e
+        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}: name another with {flag}") from e
 
 
 class SSLModel:
@@ -637,6 +801,8 @@ def fill_ssl(args, rank: int, world: int, device) -> None:
     if known := data.meta.get("ssl"):
         if (known["model"], known["layer"]) != (args.ssl, args.layer):
             raise InputError(f"{args.out} already holds SSL features of {known['model']}, layer {known['layer']}, not {args.ssl}, layer {args.layer}: choose another --out")
+        if Path(args.ssl).is_dir() and revision(args.ssl) != known["revision"]:
+            raise InputError(f"{args.ssl} holds other weights than when {args.out} was made: choose another --out")
         return
     ssl = load_teacher(args.ssl, args.layer, data.rate, device)
 
@@ -769,19 +935,23 @@ def parse_args(argv=None):
     parser.add_argument("--aligner", help="CTC recogniser that finds where each character is said, for text in its place: hub id or folder (default: for the demo corpus the demo's)")
     parser.add_argument("--vae", help="add the latents of this VAE: a run, an authors' release, or a hub id")
     parser.add_argument("--text", choices=["plain", "raw"], help="plain: lower case without punctuation; raw: with both (default: plain for the demo corpus, else raw)")
-    parser.add_argument("--sample-rate", type=int, default=16000, help="of the stored audio, in Hz (default %(default)s)")
-    parser.add_argument("--min-seconds", type=float, default=0.5, help="drop shorter clips (default %(default)s)")
-    parser.add_argument("--max-seconds", type=float, default=30, help="drop longer clips (default %(default)s)")
-    parser.add_argument("--valid", type=float, default=0.01, help="share of clips for validation where the source names none (default %(default)s)")
-    parser.add_argument("--batch-seconds", type=float, default=60, help="audio in one batch of the teacher (default %(default)s)")
-    parser.add_argument("--chunk", type=int, default=128, help="clips done together, the unit of sharing and of resuming (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read audio (default %(default)s)")
+    parser.add_argument("--sample-rate", type=at_least(1000), default=16000, help="of the stored audio, in Hz (default %(default)s)")
+    parser.add_argument("--min-seconds", type=at_least(0.1, float), default=0.5, help="drop shorter clips (default %(default)s)")
+    parser.add_argument("--max-seconds", type=at_least(0.1, float), default=30, help="drop longer clips (default %(default)s)")
+    parser.add_argument("--valid", type=at_least(0, float, 0.5), default=VALID, help="share of clips for validation where the source names none (default %(default)s)")
+    parser.add_argument("--batch-seconds", type=at_least(0.1, float), default=60, help="audio in one batch of the teacher (default %(default)s)")
+    parser.add_argument("--chunk", type=at_least(1), default=128, help="clips done together, the unit of sharing and of resuming (default %(default)s)")
+    parser.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help="threads that read audio (default %(default)s)")
     args = parser.parse_args(argv)
     if args.source or args.download:
         if not args.ssl:
             raise InputError("name the teacher with --ssl: the paper's is microsoft/wavlm-large; none stores no features, for a vanilla VAE")
         args.text = args.text or "raw"
+    elif given := [name for name in CHOICES if getattr(args, name) != parser.get_default(name)]:
+        raise InputError(f"--{given[0].replace('_', '-')} says how sources are read, and none is given: name a folder or a manifest")
     elif not (args.out / "meta.json").exists():
+        if args.ssl or args.layer or args.aligner or args.vae:
+            raise InputError(f"{args.out} holds no data to add to, and no source is given: name the right --out, or a folder or manifest (the demo's: {DEMO / 'corpus'})")
         args.source, args.ssl, args.text = [DEMO / "corpus"], args.ssl or str(DEMO / "ssl"), args.text or "plain"
         args.aligner = args.aligner or str(DEMO / "ssl")
     return args
@@ -798,21 +968,27 @@ def main(argv=None):
             barrier()
         args.source += download(args.download, args.download_to)
     if args.source:
-        clips = [(f"{s}:{c[0]}" if len(args.source) > 1 else c[0], *c[1:]) for s in args.source for c in list_clips(s)]
-        settings = {name: getattr(args, name) for name in ("sample_rate", "text", "min_seconds", "max_seconds", "valid", "chunk")} | dict(clips=len(clips), sources=list(map(str, args.source)))
-        path = out / "settings.json"
-        if path.exists() and (found := read_json(path)) != settings:
-            raise InputError(f"{out} was made with other settings ({found}), not {settings}: choose another --out or remove it")
-        if rank == 0:
-            write_json(path, settings)
+        clips, made_of = gather(args.source)
+        if args.valid != VALID and any(split for *_, split in clips):
+            raise InputError("--valid is for sources that name no splits: change their column split, or leave it out")
+        settings = {name: getattr(args, name) for name in (*CHOICES, "chunk")} | dict(sources=list(map(str, args.source)), clips=made_of)
+        begin(out, settings, rank)
         if not (out / "meta.json").exists():
+            if args.ssl != "none":  # each model is looked for now, not after hours of reading
+                load_teacher(args.ssl, -1 if args.layer is None else args.layer, args.sample_rate, device)
+            if args.aligner:
+                Aligner(args.aligner, device)
+            if args.vae:
+                SemanticVAE.from_pretrained(args.vae)
+            if rank == 0 and (alone := sum(clip[0] == clip[2] for clip in clips)):
+                print(f"{alone} clips name no speaker: each counts as a voice of its own")
             fill_audio(clips, args, rank, world)
             barrier()
     if not args.ssl:  # a folder that is added to, or whose features were interrupted: what it was begun with
         meta = read_json(out / "meta.json")
         begun = meta.get("ssl") or dict(model=meta["teacher"], layer=meta.get("layer"))
-        args.ssl, args.layer = begun["model"], begun["layer"] if args.layer is None else args.layer
-    args.aligner = args.aligner or read_json(out / "meta.json").get("aligner")
+        args.ssl, args.layer = begun["model"] if "ssl" in meta else in_demo(begun["model"]), begun["layer"] if args.layer is None else args.layer
+    args.aligner = args.aligner or in_demo(read_json(out / "meta.json").get("aligner"))
     if args.ssl != "none":
         args.layer = -1 if args.layer is None else args.layer
         fill_ssl(args, rank, world, device)
@@ -821,9 +997,9 @@ def main(argv=None):
     if args.vae:
         fill_latents(args, rank, world, device)
     if rank == 0:
-        shutil.rmtree(out / "work", ignore_errors=True)
+        shutil.rmtree(out / WORK, ignore_errors=True)
         meta = read_json(out / "meta.json")
-        dropped = [line.split("\t") for line in (out / "dropped.tsv").read_text(encoding="utf-8").splitlines()]
+        dropped = [line.split("\t") for _, line in read_lines(out / "dropped.tsv")]
         for name, why in dropped[:20]:
             print(f"dropped {name}: {why}")
         for why, count in sorted(Counter(why for _, why in dropped).items()):

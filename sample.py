@@ -6,24 +6,27 @@
     torchrun --nproc_per_node 8 sample.py --list ...                        # shared between 8 GPUs
 
 Without --ref-text the prompt is transcribed with --asr. Long text is split at sentence ends, so that prompt and piece
-together stay within the length the model was trained on; the pieces are joined with a short cross-fade.
+together stay within the length the model was trained on; the pieces are joined with a short cross-fade. Interrupted, what
+was said so far is kept beside --out.
 """
 
 import argparse
 import math
 import re
 import time
+import unicodedata
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
-from evaluate import Recognizer, error_rates, find_audio, read_list
+from evaluate import UNSPACED, Recognizer, error_rates, find_audio, read_list
 from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, read_json, sample, write_json
-from prepare import DEMO, barrier, cli, has_bfloat16, lock, normalize_text, read_audio, revision, start_ranks, write_wave
+from prepare import (DEMO, FORMATS, SILENCE, at_least, barrier, cli, differences, file_stamp, has_bfloat16, lock, loudness, mended_by, normalize_text,
+                     read_audio, refuse_overwriting, revision, says_something, seconds_of, start_ranks, write_wave)  # fmt: skip
 
 
 @dataclass
@@ -47,8 +50,6 @@ def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> 
 
     Bytes weigh as long as the DiT's duration predictor says, or all alike where it has none. The prompt's weights fill its frames, and
     the target goes on at that rate. Never fewer frames than symbols."""
-    if not request.prompt_text or not request.text:
-        raise InputError(f"nothing to say: {'the text' if request.prompt_text else 'the transcript of the prompt'} is empty")
     prompt, target = to_bytes(request.prompt_text + " "), to_bytes(request.text)
     text = torch.cat([prompt, target])
     durations = torch.ones(len(text), dtype=torch.float64)
@@ -59,6 +60,8 @@ def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> 
     frames = int(durations[len(prompt) :].sum() / speed + 1e-6)
     if request.seconds:
         frames = round(request.seconds * dit.config.sample_rate / dit.config.hop)
+        if prompt_frames + frames <= len(text):
+            raise InputError(f"--duration {request.seconds} is too short: prompt and text have {len(text)} bytes, for {prompt_frames + frames} frames")
     total = max(prompt_frames + frames, prompt_frames + 1, len(text) + 1)
     durations[len(prompt) :] *= (total - prompt_frames) / durations[len(prompt) :].sum()
     return total, (durations.cumsum(0) - durations).float()
@@ -73,7 +76,8 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     if not vae:
         raise InputError(f"{tts} does not say where its VAE is: name it with --vae")
     vae = folder / vae if (folder / vae).is_dir() else vae
-    decoder = SemanticVAE.from_pretrained(vae).to(device)
+    with mended_by("--vae"):
+        decoder = SemanticVAE.from_pretrained(vae).to(device)
     if decoder.latents_hash() != dit.config.vae_hash:
         raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is {decoder.latents_hash()}: name the right one with --vae")
     notes |= dict(tts_name=revision(folder), vae_name=decoder.content_hash())  # before folding, which changes names
@@ -114,32 +118,46 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
 # The prompt and the text, before a generation is spent on them.
 
 
+def normalized(what: str, text: str, mode: str) -> str:
+    """A text as the model was taught it; one that says nothing is an InputError."""
+    text = normalize_text(text, mode)
+    if not says_something(text):
+        raise InputError(f"nothing to say: {what} is empty, or punctuation alone")
+    return text
+
+
 def check_prompt(wave: np.ndarray, text: str, rate: int, limit: float) -> tuple[np.ndarray, list[str]]:
     """The prompt with its silent edges trimmed, and what a user should know of it. What cannot work is an InputError."""
-    peak = np.abs(wave).max()
-    if not np.isfinite(wave).all() or peak < 1e-3:
-        raise InputError("the prompt is silent" if np.isfinite(wave).all() else "the prompt holds non-finite samples")
-    loud, edge = np.flatnonzero(np.abs(wave) > 0.02 * peak), rate // 10
-    trimmed = wave[max(0, loud[0] - edge) : loud[-1] + edge]
+    if not np.isfinite(wave).all():
+        raise InputError("the prompt holds non-finite samples")
+    levels, loudest = loudness(wave, rate)
+    if loudest < SILENCE:
+        raise InputError("the prompt is silent")
+    loud, edge = np.flatnonzero(levels > 0.03 * loudest) * (rate // 50), rate // 10
+    trimmed = wave[max(0, loud[0] - edge) : loud[-1] + rate // 50 + edge]
     seconds, cut = len(trimmed) / rate, (len(wave) - len(trimmed)) / rate
     if seconds < 0.5:
         raise InputError(f"the prompt holds {seconds:.2f} s of speech, too little to hear a voice in: give at least 0.5 s, better 2 s or more")
     if seconds > limit:
         raise InputError(f"the prompt is {seconds:.1f} s, limit {limit:.1f} s for this model: cut audio and transcript together")
-    pace = len(text.encode()) / seconds
+    pace = len(text) / seconds
     notes = {
         f"trimmed {cut:.2f} s of silence from its edges": cut > 0.05,
         f"it is short ({seconds:.1f} s): 2 s or more catch a voice better": seconds < 2,
         "it is clipped": (np.abs(trimmed) > 0.99).mean() > 1e-3,
-        f"its transcript has {pace:.0f} characters a second of speech: check that it says just what is heard": text and not 4 < pace < 30,
+        f"its transcript has {pace:.0f} characters a second of speech: check that it says just what is heard": text and not 2 < pace < 30,
     }
     return trimmed, [note for note, found in notes.items() if found]
 
 
+MARKS = "".join(c for c in map(chr, range(0x3100)) if unicodedata.category(c)[0] == "M")  # which stand with the character before
+
+
 def split_text(text: str, limit: int) -> list[str]:
-    """Pieces of at most `limit` bytes, cut at sentence ends, else at commas, else between words."""
+    """Pieces of at most `limit` bytes, cut at sentence ends, else at commas, else between words, else between characters of scripts that
+    write no spaces."""
     pieces = [text]
-    for pattern in (r"(?<=[.!?])(?=\s)|(?<=[。！？])", r"(?<=[,;:])(?=\s)|(?<=[，；：])", r"(?=\s)"):
+    for pattern in (r"(?<=[.!?])(?=\s)|(?<=[。！？])", r"(?<=[,;:])(?=\s)|(?<=[，；：])", r"(?=\s)", f"(?<=[{UNSPACED}])(?=[{UNSPACED}])(?![{MARKS}])"):
         finer = []
         for piece in pieces:
             first, *parts = re.split(pattern, piece) if len(piece.encode()) > limit else [piece]
@@ -167,28 +185,46 @@ def join(waves: list[np.ndarray], rate: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------
 
 
+def say_pieces(args, dit, vae, requests: list[Request], seed: int) -> list[np.ndarray]:
+    """In order, a batch at a time; what was said before an interruption is kept."""
+    waves, part = [], args.out.with_stem(args.out.stem + ".part")
+    try:
+        for i in trange(0, len(requests), args.batch_size, desc="batches", disable=len(requests) <= args.batch_size):
+            batch = requests[i : i + args.batch_size]
+            waves += synthesize(dit, vae, batch, args.steps, args.cfg, args.sway, args.speed, seed, args.batch_size, args.cfg_until, args.bf16)
+    except KeyboardInterrupt:
+        if waves:
+            write_wave(part, join(waves, dit.config.sample_rate), dit.config.sample_rate)
+            print(f"{part}: the first {len(waves)} of {len(requests)} pieces; the next is {requests[len(waves)].text!r}")
+        raise
+    return waves
+
+
 def say(args, dit, vae, device) -> None:
     """One text in one voice."""
     rate, limit = dit.config.sample_rate, dit.config.max_seconds
-    asr = Recognizer(args.asr, device, args.language) if not args.ref_text or args.takes > 1 else None
-    wave = read_audio(args.ref, rate)
-    ref_text = normalize_text(args.ref_text or asr(wave, rate), dit.config.text)
-    if not args.ref_text:
+    text, wave = normalized("the text", args.text, dit.config.text), read_audio(args.ref, rate)
+    check_prompt(wave, "", rate, limit / 2)  # before a recogniser, whose memory a long one would fill
+    asr = Recognizer(args.asr, device, args.language) if args.ref_text is None or args.takes > 1 else None
+    ref_text = asr(wave, rate) if args.ref_text is None else args.ref_text
+    ref_text = normalized("the transcript of the prompt", ref_text, dit.config.text)
+    if args.ref_text is None:
         print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
     wave, notes = check_prompt(wave, ref_text, rate, limit / 2)
     for note in notes:
         print(f"prompt: {note}")
-    text = normalize_text(args.text, dit.config.text)
-    if not text or not ref_text:
-        raise InputError(f"nothing to say: {'the text' if not text else 'the transcript of the prompt'} is empty" + (" once punctuation is removed" if dit.config.text == "plain" else ""))
     room = (limit - len(wave) / rate) / (len(wave) / rate) * len(ref_text.encode()) * args.speed
     pieces = [text] if args.duration else split_text(text, max(1, int(room)))
     if args.duration and args.duration + len(wave) / rate > limit * 1.01:
         raise InputError(f"prompt and --duration make {args.duration + len(wave) / rate:.1f} s, the model was trained on at most {limit:.1f} s")
     requests = [Request(wave, ref_text, piece, args.duration) for piece in pieces]
+    frames = math.ceil(len(wave) / dit.config.hop)
+    slow = 0 if args.duration else sum(plan(dit, frames, r, args.speed)[0] == len(f"{ref_text} {r.text}".encode()) + 1 for r in requests)
+    if slow:
+        print(f"{slow} of {len(pieces)} pieces have more bytes than frames at the prompt's pace: they are said more slowly")
     start, takes = time.time(), []
     for take in range(args.takes):
-        said = join(synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed + take, args.batch_size, args.cfg_until, args.bf16), rate)
+        said = join(say_pieces(args, dit, vae, requests, args.seed + take), rate)
         error = error_rates([text], [asr(said, rate)])["cer"] if args.takes > 1 else 0
         takes.append((error, take, said))
         if args.takes > 1:
@@ -198,19 +234,33 @@ def say(args, dit, vae, device) -> None:
     write_wave(args.out, said, rate)
     for piece in pieces if len(pieces) > 1 else []:
         print(f"piece: {piece}")
-    print(f"{args.out}: {seconds:.2f} s, {len(text.encode()) / seconds:.0f} characters a second{f', take {take}' if args.takes > 1 else ''}; "
+    print(f"{args.out}: {seconds:.2f} s, {len(text) / seconds:.0f} characters a second{f', take {take}' if args.takes > 1 else ''}; "
           f"real-time factor {spent / seconds / args.takes:.2f}")  # fmt: skip
 
 
 def say_list(args, dit, vae, notes, rank, world) -> None:
     """Every line of a list in LibriSpeech-PC's six columns; wavs that are there already are kept."""
-    rate, lines, root = dit.config.sample_rate, read_list(args.list)[: args.limit], args.ref_dir or args.list.parent
+    rate, limit, lines, root = dit.config.sample_rate, dit.config.max_seconds, read_list(args.list)[: args.limit], args.ref_dir or args.list.parent
     settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, cfg_until=args.cfg_until, sway=args.sway, speed=args.speed, bf16=args.bf16, tts=notes["tts_name"], vae=notes["vae_name"])
     stamp = args.out / "settings.json"
-    if stamp.exists() and (found := read_json(stamp)) != settings:
-        raise InputError(f"{args.out} was made with other settings ({found}): choose another --out")
     prompts = {line.ref: find_audio(root, line.ref) for line in lines}  # all of them, before anything is spent
-    todo = [line for line in lines if not (args.out / line.wav).exists()]
+    said = {line.wav: [line.says, *file_stamp(prompts[line.ref])] for line in lines}
+    found = read_json(stamp) if stamp.exists() else {}
+    before = found.pop("said", {})
+    there = [wav for wav in said if (args.out / wav).exists()]
+    differ = differences(found | {wav: before.get(wav) for wav in there}, settings | {wav: said[wav] for wav in there})
+    if differ and (found or there):
+        raise InputError(f"{args.out} was made with other settings, texts or prompts ({differ}): choose another --out")
+    todo, long = [line for line in lines if line.wav not in there], 0
+    for line in todo:
+        text, ref_text = normalized(f"the text of {line.gen}", line.text, dit.config.text), normalized(f"the text of {line.ref}", line.ref_text, dit.config.text)
+        frames = math.ceil(seconds_of(prompts[line.ref]) * rate / dit.config.hop)
+        seconds = plan(dit, frames, Request(np.zeros(0), ref_text, text), args.speed)[0] * dit.config.hop / rate
+        if seconds > 2 * limit:
+            raise InputError(f"{line.gen} takes {seconds:.1f} s with its prompt, the model was trained on at most {limit:.1f} s: shorten text or prompt")
+        long += seconds > limit
+    if rank == 0 and long:
+        print(f"{long} of {len(todo)} lines are longer than the {limit:.1f} s that the model was trained on: they may be said badly")
     if args.dry_run:
         print(f"{args.list}: {len(lines)} lines, {len(todo)} to be said; every prompt is there")
         return
@@ -218,7 +268,7 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
     barrier()  # all ranks have seen the same files before the first is written
     if rank == 0:
         print(f"{len(lines)} lines, {len(lines) - len(todo)} there already")
-        write_json(stamp, settings)
+        write_json(stamp, settings | dict(said=before | said))
     todo = sorted(todo, key=lambda line: line.ref_seconds + line.gen_seconds)[rank::world]
     start, seconds = time.time(), 0.0
     for i in tqdm(range(0, len(todo), args.batch_size), desc="batches", disable=rank > 0):
@@ -234,43 +284,56 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
         print(f"{args.out}: rank 0 made {seconds:.1f} s at a real-time factor of {(time.time() - start) / seconds:.2f}")
 
 
+def text_in(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as e:
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {e}") from e
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tts", default=str(DEMO / "tts"), help="run folder of train_tts.py, or hub id (default: the demo's)")
     parser.add_argument("--vae", help="folder or hub id of its VAE (default: where the TTS run says)")
     parser.add_argument("--ref", type=Path, help="recording of the voice (default: the demo's)")
     parser.add_argument("--ref-text", help="what the recording says (default: transcribed with --asr)")
-    parser.add_argument("--text", help="what to say (default without --ref: a demo sentence)")
-    parser.add_argument("--out", type=Path, help="wav file, or folder for --list (default: sample.wav, runs/samples)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", help="what to say (default without --ref: a demo sentence)")
+    text.add_argument("--text-file", dest="text", metavar="FILE", type=text_in, help="a UTF-8 file that holds what to say")
+    parser.add_argument("--out", type=Path, help=f"file in {', '.join(FORMATS)}, or folder for --list (default: sample.wav, runs/samples)")
     parser.add_argument("--list", type=Path, help="say every line of a list: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated")
     parser.add_argument("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
-    parser.add_argument("--limit", type=int, help="only the first so many lines of the list")
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many lines of the list")
     parser.add_argument("--dry-run", action="store_true", help="with --list: only look whether every prompt is there")
-    parser.add_argument("--steps", type=int, help="Euler steps (default: the model's, the paper's 32)")
-    parser.add_argument("--cfg", type=float, help="guidance strength (default: the model's, the paper's 2)")
-    parser.add_argument("--cfg-until", type=float, default=1, help="guide only at times before this one, of 0 (noise) to 1: less work (default %(default)s)")
-    parser.add_argument("--sway", type=float, default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")
-    parser.add_argument("--speed", type=float, default=1, help="relative to the prompt's rate of speech (default %(default)s)")
-    parser.add_argument("--duration", type=float, help="seconds of the result (default: by the prompt's rate)")
-    parser.add_argument("--takes", type=int, default=1, help="make several and keep the one --asr understands best (default %(default)s)")
+    parser.add_argument("--steps", type=at_least(1), help="Euler steps (default: the model's, the paper's 32)")
+    parser.add_argument("--cfg", type=at_least(0, float), help="guidance strength (default: the model's, the paper's 2)")
+    parser.add_argument("--cfg-until", type=at_least(0, float, 1), default=1, help="guide only at times before this one, of 0 (noise) to 1: less work (default %(default)s)")
+    parser.add_argument("--sway", type=at_least(-1, float, 1), default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")
+    parser.add_argument("--speed", type=at_least(0.3, float, 3), default=1, help="relative to the prompt's rate of speech (default %(default)s)")
+    parser.add_argument("--duration", type=at_least(0.1, float), help="seconds of the result (default: by the prompt's rate)")
+    parser.add_argument("--takes", type=at_least(1), default=1, help="make several and keep the one --asr understands best (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for --takes and for prompts without transcript: hub id or folder (default: the demo's)")
     parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=has_bfloat16(), help="matrix products of the DiT in bfloat16 (default: on GPUs and CPUs that are faster so)")
-    parser.add_argument("--batch-size", type=int, default=8, help="utterances at once (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="utterances at once (default %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default %(default)s")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/samples" if args.list else "sample.wav")
-    if not 0.3 <= args.speed <= 3:
-        raise InputError(f"--speed {args.speed} is outside 0.3 to 3")
-    if min(args.takes, args.batch_size) < 1 or args.steps is not None and args.steps < 1:
-        raise InputError("--steps, --takes and --batch-size must be at least 1")
-    if args.ref_text and not args.ref:
+    alone, listed = ("ref", "ref_text", "text", "duration", "takes", "asr", "language"), ("ref_dir", "limit", "dry_run")
+    for name in alone if args.list else listed:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} has no use {'with' if args.list else 'without'} --list: drop it")
+    if not args.list and args.out.suffix.lower() not in FORMATS:
+        raise InputError(f"--out {args.out}: expected a file that ends in {', '.join(FORMATS)}")
+    if args.ref_text is not None and not args.ref:
         raise InputError("--ref-text says what a recording says: name it with --ref")
     if not args.list and not args.ref:
         demo = max(read_list(DEMO / "corpus" / "test.lst"), key=lambda line: line.ref_seconds)  # a voice held out from all training
-        args.ref, args.ref_text, args.text = DEMO / "corpus" / demo.ref, demo.ref_text, args.text or demo.text
-    if not args.list and not args.text:
+        args.ref, args.ref_text, args.text = DEMO / "corpus" / demo.ref, demo.ref_text, demo.text if args.text is None else args.text
+    if not args.list and args.text is None:
         raise InputError("nothing to say: give --text")
+    if not args.list:
+        refuse_overwriting(args.out, [args.ref])
     return args
 
 

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, at_rate, conv_head, duration_loss, flow_matching_loss
-from prepare import DEMO, Data, cli, has_bfloat16, lock, start_ranks, write_wave
+from prepare import DEMO, Data, at_least, cli, has_bfloat16, lock, mended_by, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
-from train_vae import (DRAWS, ORDER, STALLED, Log, Means, Speed, Stop, check_run, compiled, forward_flops, guarded_step, leave_signals_to_the_trainer,
+from train_vae import (DRAWS, ORDER, STALLED, Log, Means, Speed, Stop, check_run, compiled, first_step, forward_flops, guarded_step, leave_signals_to_the_trainer,
                        load_state, read_args, save_args, save_run, stopped_at, update_ema)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------
@@ -50,6 +50,9 @@ class Utterances(torch.utils.data.Dataset):
         latents = data.meta["latents"]
         self.mean, self.std = torch.tensor(latents["mean"]), torch.tensor(latents["std"])
         self.frames, self.rate = data.counts("latents"), data.rate / latents["hop"]
+        need = {i: len(to_bytes(data.clips[i]["text"])) + (join > 1) for i in self.clips}  # a frame a byte, and one for the space between two clips
+        self.left_out = [i for i in self.clips if need[i] > self.frames[i]]
+        self.clips = [i for i in self.clips if need[i] <= self.frames[i]]
         self.groups = max(1, int(sum(self.frames[i] for i in self.clips) / self.rate / batch_seconds))  # steps in an epoch
 
     def examples(self, rng) -> list[list[int]]:
@@ -232,15 +235,15 @@ def parse_args(argv=None):
     parser.add_argument("--vae", help="where the latents' VAE is now, if not where it was when they were made")
     parser.add_argument("--text-place", choices=["left", "even", "aligned"], help="where the text stands among the frames: at the left (F5-TTS, the paper), spread evenly (ZipVoice), or where it is said, which needs prepare.py --aligner (default: the preset's)")
     parser.add_argument("--align-hidden", action=argparse.BooleanOptionalAction, default=False, help="align the DiT's hidden states with text and SSL features while it trains (A-DMA)")
-    parser.add_argument("--join", type=int, default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
-    parser.add_argument("--batch-seconds", type=float, default=3240, help="audio in one update, over all ranks (default %(default)s: 0.9 h)")
-    parser.add_argument("--micro-seconds", type=float, default=450, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=7.5e-5, help="peak learning rate, whatever the number of ranks (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=20_000, help="steps to the peak; then linear decay to 0 at --steps (default %(default)s)")
-    parser.add_argument("--clip", type=float, default=1, help="largest gradient norm (default %(default)s)")
-    parser.add_argument("--eval-sentences", type=int, default=4, help="fixed sentences to synthesise (default %(default)s)")
-    parser.add_argument("--sample-steps", type=int, default=32, help="Euler steps for them, and sample.py's default for this model (default %(default)s)")
-    parser.add_argument("--sample-cfg", type=float, default=2, help="guidance for them, and sample.py's default for this model (default %(default)s)")
+    parser.add_argument("--join", type=at_least(1), default=1, help="clips of one speaker in a training example: more than 1 where clips are short (default %(default)s)")
+    parser.add_argument("--batch-seconds", type=at_least(0.01, float), default=3240, help="audio in one update, over all ranks (default %(default)s: 0.9 h)")
+    parser.add_argument("--micro-seconds", type=at_least(0.01, float), default=450, help="padded audio a rank handles at once: lower it if memory runs out (default %(default)s)")
+    parser.add_argument("--lr", type=at_least(0, float), default=7.5e-5, help="peak learning rate, whatever the number of ranks (default %(default)s)")
+    parser.add_argument("--warmup", type=at_least(0), default=20_000, help="steps to the peak; then linear decay to 0 at --steps (default %(default)s)")
+    parser.add_argument("--clip", type=at_least(1e-9, float), default=1, help="largest gradient norm (default %(default)s)")
+    parser.add_argument("--eval-sentences", type=at_least(0), default=4, help="fixed sentences to synthesise (default %(default)s)")
+    parser.add_argument("--sample-steps", type=at_least(1), default=32, help="Euler steps for them, and sample.py's default for this model (default %(default)s)")
+    parser.add_argument("--sample-cfg", type=at_least(0, float), default=2, help="guidance for them, and sample.py's default for this model (default %(default)s)")
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for their error rate: hub id or folder; \"none\" for none (default: the demo's)")
     parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile (default: on a GPU)")
@@ -267,13 +270,17 @@ def main(argv=None):
 
     # ---- data, and the VAE that will decode the samples: it must be the one that made the latents
     train, valid = (Utterances(data, split, args.batch_seconds, args.join, args.seed) for split in ("train", "valid"))
+    if rank == 0 and (left_out := train.left_out + valid.left_out):
+        names = ", ".join(data.clips[i]["id"] for i in left_out[:3])
+        print(f"{len(left_out)} clips are left out, whose texts have more bytes than the clips have latent frames, among them {names}")
     if not train.clips or not valid.clips:
-        raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips: both are needed")
+        raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips: both are needed: change its manifest's column split, or leave it out, and prepare it anew")
     longest = float(sum(sorted(train.frames[i] for i in train.clips)[-args.join :]) / train.rate)
     if args.batch_seconds < longest:  # else some steps would have nothing to learn from
         raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest example, {longest:.1f} s")
     vae_folder = args.vae or latents["vae"]
-    vae = SemanticVAE.from_pretrained(vae_folder).to(device)
+    with mended_by("--vae"):
+        vae = SemanticVAE.from_pretrained(vae_folder).to(device)
     if vae.latents_hash() != latents["vae_hash"]:
         raise InputError(f"{vae_folder} is VAE {vae.latents_hash()}, the latents in {args.data} come from {latents['vae_hash']}: run python prepare.py --out {args.data} --vae {vae_folder}")
 
@@ -299,14 +306,14 @@ def main(argv=None):
     ema = copy.deepcopy(dit).eval().requires_grad_(False)
     modules = dict(dit=dit, ema=ema, optimizer=optimizer) | (dict(hidden=hidden) if hidden else {})
     state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={}, seconds=0, intelligible=0)
-    first, means = state["step"], Means(state["means"], device)
+    first, means = first_step(args, state, rank), Means(state["means"], device)
 
     micro = MicroBatches(train, first, args.steps, args.micro_seconds, rank, world)
     loader = iter(torch.utils.data.DataLoader(train, batch_sampler=micro, collate_fn=collate, num_workers=args.workers,
                                               worker_init_fn=leave_signals_to_the_trainer, pin_memory=device.type == "cuda"))  # fmt: skip
     asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
     requests = fixed_requests(data, args.eval_sentences)
-    notes = dict(vae=os.path.relpath(vae_folder, args.out) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"],
+    notes = dict(vae=os.path.relpath(Path(vae_folder).resolve(), args.out.resolve()) if Path(vae_folder).is_dir() else vae_folder, data=data.meta["sources"],
                  sampling=dict(steps=args.sample_steps, cfg=args.sample_cfg))  # fmt: skip
     if rank == 0:
         save_args(args)

@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from model import (PRESETS, InputError, LogMel, SemanticVAE, VAEConfig, alignment_loss, at_rate, conv_head, kl_loss, load_torch, read_json,
                    upward_alignment_loss, write_atomic, write_json)  # fmt: skip
-from prepare import Data, SSLModel, cli, frame_count, layer_number, load_teacher, lock, repeat_last, start_ranks, write_wave
+from prepare import (Data, SSLModel, at_least, cli, frame_count, in_demo, layer_number, load_teacher, lock, repeat_last,
+                     start_ranks, write_wave)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------
 # Spectral distances. All in float32.
@@ -297,24 +298,26 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> a
     """The flags, with those that both trainings share. Below them what --resume finds in the run folder, or else the preset's settings."""
     parser.add_argument("--preset", choices=list(PRESETS), help="the network's size, and settings in place of the defaults shown here, which are the paper's (default: for the demo's data demo)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings hold where no flag is given")
-    parser.add_argument("--steps", type=int, default=600_000, help="updates (default %(default)s)")
-    parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default %(default)s)")
-    parser.add_argument("--eval-every", type=int, default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
-    parser.add_argument("--keep", type=int, default=0, help="also keep the last so many checkpoints whole, as OUT/step0005000, to go back to (default %(default)s)")
-    parser.add_argument("--log-every", type=int, default=100, help="steps between log lines (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
+    parser.add_argument("--steps", type=at_least(1), default=600_000, help="updates (default %(default)s)")
+    parser.add_argument("--ema", type=at_least(0, float, 1), default=0.9999, help="decay of the averaged weights (default %(default)s)")
+    parser.add_argument("--eval-every", type=at_least(1), default=5000, help="steps between evaluations and checkpoints (default %(default)s)")
+    parser.add_argument("--keep", type=at_least(0), default=0, help="also keep the last so many checkpoints whole, as OUT/step0005000, to go back to (default %(default)s)")
+    parser.add_argument("--log-every", type=at_least(1), default=100, help="steps between log lines (default %(default)s)")
+    parser.add_argument("--workers", type=at_least(0), default=4 if torch.cuda.is_available() else 0, help="loader processes a rank (default %(default)s)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="matrix products in bfloat16 (default: where that is faster, here %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default %(default)s")
     known, _ = parser.parse_known_args(argv)
-    saved = known.out / "args.json"
+    there = [name for name in ("args.json", "state.pt", "config.json", "model.safetensors", "log.csv") if (known.out / name).exists()]
     if known.resume:
-        if not saved.exists():
-            raise InputError(f"{known.out} holds no run to resume (no args.json)")
-        parser.set_defaults(**read_json(saved))
+        if there[:2] != ["args.json", "state.pt"]:
+            raise InputError(f"{known.out} holds no run to resume (args.json and state.pt, of its first checkpoint): begin it without --resume")
+        parser.set_defaults(**{k: in_demo(v) for k, v in read_json(known.out / "args.json").items()})
     else:
-        if (known.out / "state.pt").exists():
+        if "state.pt" in there:
             raise InputError(f"{known.out} already holds a run: add --resume to go on with it, or choose another --out")
+        if there and not (known.out / ".lock").exists():
+            raise InputError(f"{known.out} holds a {there[0]}, but no run that was begun here: choose another --out")
         parser.set_defaults(**PRESETS[known.preset or "demo"][kind])
     return parser.parse_args(argv)
 
@@ -366,8 +369,17 @@ def save_run(out: Path, step: int, model, notes: dict, modules: dict, means: dic
     if keep:
         for name in ("args.json", "log.csv"):
             shutil.copyfile(out / name, folder / name)
-        for old in sorted(out.glob("step???????"))[:-keep]:
+        for old in sorted(out.glob("step" + 7 * "[0-9]"))[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def first_step(args, state: dict, rank: int) -> int:
+    """The step that a run goes on with, and a word if none is left."""
+    if state["step"] > args.steps:
+        raise InputError(f"{args.out} has made {state['step']} steps, more than --steps {args.steps}: give more")
+    if state["step"] == args.steps and rank == 0:
+        print(f"{args.out} has made all of its {args.steps} steps: to go on, give more with --steps")
+    return state["step"]
 
 
 class Log:
@@ -597,31 +609,31 @@ def parse_args(argv=None):
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/vae"), help="run folder (default %(default)s)")
     parser.add_argument("--init", help="start from the weights of this VAE (folder or hub id), to fine-tune it")
-    parser.add_argument("--latent-dim", type=int, help="dimensions of the latent (paper: 64; its baselines: 16 and 64)")
+    parser.add_argument("--latent-dim", type=at_least(1), help="dimensions of the latent (paper: 64; its baselines: 16 and 64)")
     parser.add_argument("--mel", action=argparse.BooleanOptionalAction, default=False, help="the mel baseline: train a vocoder on log-mel frames of --latent-dim bands, which need no encoder")
-    parser.add_argument("--align-weight", type=float, default=1, help="0 trains a vanilla VAE, without SSL features (default %(default)s)")
+    parser.add_argument("--align-weight", type=at_least(0, float), default=1, help="0 trains a vanilla VAE, without SSL features (default %(default)s)")
     parser.add_argument("--align", choices=["down", "up"], default="down", help="project the features to the latent (the paper), or the latent to the features, with margins (default %(default)s)")
     parser.add_argument("--ssl-online", help="teacher, as for prepare.py --ssl, to run inside each step, in place of stored features")
     parser.add_argument("--ssl-layer", type=layer_number, default=-1, help="its hidden state, as for prepare.py --layer (default %(default)s)")
-    parser.add_argument("--ssl-context", type=float, default=1, help="seconds on either side of a crop that --ssl-online hears (default %(default)s)")
-    parser.add_argument("--mel-weight", type=float, default=15, help="default %(default)s")
-    parser.add_argument("--adv-weight", type=float, default=1, help="0 trains without discriminators (default %(default)s)")
-    parser.add_argument("--feature-weight", type=float, default=2, help="feature matching (default %(default)s)")
-    parser.add_argument("--kl-weight", type=float, default=0.01, help="default %(default)s")
-    parser.add_argument("--adv-start", type=int, default=0, help="first step with discriminators (default %(default)s)")
-    parser.add_argument("--disc-width", type=float, default=1, help="channels of the discriminators, relative to the paper's (default %(default)s)")
-    parser.add_argument("--batch-seconds", type=float, default=192, help="audio in one update, over all ranks (default %(default)s)")
-    parser.add_argument("--crop", type=float, default=3, help="seconds of a training crop (default %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=8, help="crops a rank handles at once, best a divisor of its share: lower it if memory runs out (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of both optimisers, whatever the number of ranks (default %(default)s)")
-    parser.add_argument("--lr-decay", type=float, default=0.999996, help="factor a step (default %(default)s)")
-    parser.add_argument("--encoder-lr", type=float, default=1, help="factor on --lr for all but decoder and alignment head; 0: train the decoder alone (default %(default)s)")
-    parser.add_argument("--encoder-steps", type=int, default=0, help="in the first so many steps the encoder learns alone, by what a small head reads from its latents; then it stays, and the decoder learns (default %(default)s)")
-    parser.add_argument("--encoder-batch-seconds", type=float, default=192, help="audio in one of those updates (default %(default)s)")
-    parser.add_argument("--teacher-weight", type=float, default=15, help="of the teacher's features in what the head reads; 0: log-mels alone (default %(default)s)")
+    parser.add_argument("--ssl-context", type=at_least(0, float), default=1, help="seconds on either side of a crop that --ssl-online hears (default %(default)s)")
+    parser.add_argument("--mel-weight", type=at_least(0, float), default=15, help="default %(default)s")
+    parser.add_argument("--adv-weight", type=at_least(0, float), default=1, help="0 trains without discriminators (default %(default)s)")
+    parser.add_argument("--feature-weight", type=at_least(0, float), default=2, help="feature matching (default %(default)s)")
+    parser.add_argument("--kl-weight", type=at_least(0, float), default=0.01, help="default %(default)s")
+    parser.add_argument("--adv-start", type=at_least(0), default=0, help="first step with discriminators (default %(default)s)")
+    parser.add_argument("--disc-width", type=at_least(0.01, float), default=1, help="channels of the discriminators, relative to the paper's (default %(default)s)")
+    parser.add_argument("--batch-seconds", type=at_least(0.01, float), default=192, help="audio in one update, over all ranks (default %(default)s)")
+    parser.add_argument("--crop", type=at_least(0.01, float), default=3, help="seconds of a training crop (default %(default)s)")
+    parser.add_argument("--micro-batch", type=at_least(1), default=8, help="crops a rank handles at once, best a divisor of its share: lower it if memory runs out (default %(default)s)")
+    parser.add_argument("--lr", type=at_least(0, float), default=1e-4, help="of both optimisers, whatever the number of ranks (default %(default)s)")
+    parser.add_argument("--lr-decay", type=at_least(0, float), default=0.999996, help="factor a step (default %(default)s)")
+    parser.add_argument("--encoder-lr", type=at_least(0, float), default=1, help="factor on --lr for all but decoder and alignment head; 0: train the decoder alone (default %(default)s)")
+    parser.add_argument("--encoder-steps", type=at_least(0), default=0, help="in the first so many steps the encoder learns alone, by what a small head reads from its latents; then it stays, and the decoder learns (default %(default)s)")
+    parser.add_argument("--encoder-batch-seconds", type=at_least(0.01, float), default=192, help="audio in one of those updates (default %(default)s)")
+    parser.add_argument("--teacher-weight", type=at_least(0, float), default=15, help="of the teacher's features in what the head reads; 0: log-mels alone (default %(default)s)")
     parser.add_argument("--unit-latents", action=argparse.BooleanOptionalAction, default=False, help="begin with informative latents: see unit_latents()")
-    parser.add_argument("--clip", type=float, default=10, help="largest gradient norm, of both networks (default %(default)s)")
-    parser.add_argument("--eval-clips", type=int, default=16, help="validation clips (default %(default)s)")
+    parser.add_argument("--clip", type=at_least(1e-9, float), default=10, help="largest gradient norm, of both networks (default %(default)s)")
+    parser.add_argument("--eval-clips", type=at_least(1), default=16, help="validation clips (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile, of the discriminators only on a GPU (default: on a GPU)")
     return read_args(parser, "train_vae", argv, torch.cuda.is_available())
 
@@ -651,7 +663,7 @@ def main(argv=None):
         settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=ssl["dim"] // layers if with_ssl else 0, ssl_layers=layers, align=args.align, mel=args.mel)
         vae = SemanticVAE(VAEConfig(**settings | ({"latent_dim": args.latent_dim} if args.latent_dim else {})))
     if not data.split("valid"):
-        raise InputError(f"{args.data} holds no validation clips: prepare it with --valid 0.01")
+        raise InputError(f"{args.data} holds no validation clips: mark some as valid in its manifest's column split, or leave that column out, and prepare it anew")
     if not with_ssl and vae.projectors:
         vae.projectors.requires_grad_(False)  # of the VAE in --init: nothing is aligned
     if vae.config.sample_rate != data.rate:
@@ -675,7 +687,7 @@ def main(argv=None):
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     modules = dict(vae=vae, reader=reader, ema=ema, discriminators=discriminators, optimizer=optimizer, optimizer_d=optimizer_d)
     state = load_state(args.out / "state.pt", modules) if args.resume else dict(step=0, means={}, seconds=0)
-    first, means = state["step"], Means(state["means"], device)
+    first, means = first_step(args, state, rank), Means(state["means"], device)
 
     # ---- the global batch, shared between ranks and micro-batches
     seconds = crops.frames * vae.config.hop / data.rate

@@ -21,6 +21,7 @@ import train_vae
 from model import SemanticVAE
 from prepare import Data, frame_count, normalize_text, read_audio
 
+UNKNOWN = "Format not recognised (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)"
 ARRAYS = ("index.tsv", "audio.bin", "ssl.bin", "starts.bin", "unaligned.tsv")
 
 
@@ -86,10 +87,10 @@ def test_every_dropped_clip_is_listed_with_its_reason(tmp_path, capsys):
         f.write("\n".join(rows) + "\n")
     prepare.main([str(corpus), "--out", str(tmp_path / "out"), "--ssl", "none", "--text", "plain", "--max-seconds", "3"])
     dropped = dict(line.split("\t") for line in (tmp_path / "out" / "dropped.tsv").read_text().splitlines())
-    assert dropped == {"short.wav": "shorter than 0.5 s", "long.wav": "longer than 3.0 s", "silent.wav": "silent", "empty.wav": "no samples", "nan.wav": "non-finite samples",
-                       "mute.wav": "empty text", "broken.wav": "unreadable", "absent.wav": "unreadable"}  # fmt: skip
+    assert dropped == {"short.wav": "shorter than 0.5 s", "long.wav": "longer than 3.0 s", "silent.wav": "silent", "empty.wav": "it holds no samples", "nan.wav": "non-finite samples",
+                       "mute.wav": "empty text", "broken.wav": UNKNOWN, "absent.wav": "no such file"}  # fmt: skip
     out = capsys.readouterr().out
-    assert "dropped broken.wav: unreadable" in out and "dropped 2: unreadable" in out and "3 clips" in out
+    assert f"dropped broken.wav: {UNKNOWN}" in out and "dropped 1: no such file" in out and "3 clips" in out
 
 
 def test_bad_input(tmp_path, fails, world):
@@ -98,14 +99,14 @@ def test_bad_input(tmp_path, fails, world):
     fails(prepare.main, [tmp_path / "empty", *out], "no speech found")
     fails(prepare.main, [tmp_path / "absent", *out], "no such file or folder")
     table = tmp_path / "m.csv"
-    table.write_text("audio|text\na.wav|hello\n")
-    fails(prepare.main, [table, *out], "has no column speaker", "'audio|text'")
+    table.write_text("audio|speaker\na.wav|hello\n")
+    fails(prepare.main, [table, *out], "has no columns audio and text", "'audio|speaker'", "awk -F'|'")
     table.write_text("audio|speaker|text\n\na.wav|s\n")
     fails(prepare.main, [table, *out], "line 3", "expected 3")
     table.write_bytes("audio|speaker|text\na.wav|s|grün\n".encode("latin-1"))
     fails(prepare.main, [table, *out], "is not UTF-8")
     table.write_text("audio|speaker|text\na.wav|s|hello\n")
-    fails(prepare.main, [table, *out], "all 1 clips were dropped", "unreadable")
+    fails(prepare.main, [table, *out], "all 1 clips were dropped", "no such file")
     sf.write(tmp_path / "a.wav", tone(1, 0), RATE)
     prepare.main([str(a) for a in (table, *out)])  # mended, it is looked at again
     (tmp_path / "out" / "index.tsv").write_text((tmp_path / "out" / "index.tsv").read_text().replace("train", "valid"))
@@ -133,7 +134,7 @@ def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, world, monkey
 
     def dies_after_a_chunk(path, write):
         real(path, write)
-        if path.parent.name == "work" and path.suffix == "":
+        if path.parent.name == prepare.WORK and path.suffix == "":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare, "write_atomic", dies_after_a_chunk)
@@ -145,7 +146,7 @@ def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, world, monkey
             runs += 1
     assert runs == 3 * 5  # 9 clips in chunks of 2, three passes
     assert content(tmp_path / "out") == content(tmp_path / "straight")
-    assert not (tmp_path / "out" / "work").exists()
+    assert not (tmp_path / "out" / prepare.WORK).exists()
 
 
 def test_two_ranks_make_the_same_bytes(tmp_path, world):

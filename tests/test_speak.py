@@ -259,7 +259,7 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
     for word in ("n=3", "asr=ssl@sha256:", f"tts={prepare.revision(world.tts)}", "sim=sv@sha256:", "normalizer=seed-tts-eval", "seed=0", "steps=2", "cfg=3", "vae="):
         assert word in table
     lines = (tmp_path / "scores.csv").read_text().splitlines()
-    assert len(lines) == 1 + 3 * 3 and lines[0] == "system,utterance,wer,wer_whisper,sim,mel,stft,si_sdr,stoi,pesq,reference,hypothesis"
+    assert len(lines) == 1 + 3 * 3 and lines[0] == "system,utterance,wer,cer,wer_whisper,sim,mel,stft,si_sdr,stoi,pesq,reference,hypothesis"
     row = dict(zip(lines[0].split(","), lines[1].split(",")))
     whisper = EnglishTextNormalizer({})
     assert float(row["wer_whisper"]) == pytest.approx(jiwer.wer(whisper(row["reference"]), whisper(row["hypothesis"])))
@@ -368,8 +368,8 @@ def test_bad_input(world, tmp_path, fails):
     fails(sample.main, run("--ref", tmp_path / "empty.wav", *words), "holds no samples")
     fails(sample.main, run("--ref", ref, "--ref-text", "one", "--text", "..."), "the text is empty")
     fails(sample.main, run("--ref", ref), "give --text")
-    fails(sample.main, run("--ref", ref, *words, "--speed", "0"), "--speed 0.0 is outside 0.3 to 3")
-    fails(sample.main, run("--ref", ref, *words, "--takes", "0"), "must be at least 1")
+    fails(sample.main, run("--ref", ref, *words, "--speed", "0"), "--speed: must be from 0.3 to 3, found 0")
+    fails(sample.main, run("--ref", ref, *words, "--takes", "0"), "--takes: must be at least 1, found 0")
     fails(sample.main, run(*words), "name it with --ref")
     (tmp_path / "bad.lst").write_text("audio/0.wav\t1.0\t...\taudio/2.wav\t1.2\tby the river\n")
     listed = ["--tts", world.tts, "--list", tmp_path / "bad.lst", "--ref-dir", world.corpus, "--out", tmp_path / "said"]
@@ -385,8 +385,8 @@ def test_bad_input(world, tmp_path, fails):
     fails(evaluate.main, [*score, tmp_path / "bad.lst"], "six tab-separated columns")
     fails(evaluate.main, [*score, world.corpus / "test.lst", "--audio", tmp_path], "no recording audio/0.wav")
     fails(evaluate.main, [*score, world.corpus / "test.lst", "--no-original"], "nothing to score")
-    fails(evaluate.main, [*score, world.corpus / "test.lst", "--limit", 0], "nothing to score")
-    fails(evaluate.main, [*score, world.corpus / "test.lst", "--compare", tmp_path / "none"], "no folder")
+    fails(evaluate.main, [*score, world.corpus / "test.lst", "--limit", 0], "--limit: must be at least 1, found 0")
+    fails(evaluate.main, [*score, world.corpus / "test.lst", "--compare", tmp_path / "none", "--report", tmp_path], "no folder")
     (tmp_path / "bad.lst").write_text(f"{tmp_path}/no.wav\t1\ta\t{tmp_path}/no.wav\t1\tb\n")
     fails(evaluate.main, [*score, tmp_path / "bad.lst"], "no recording", "no.wav")
     (tmp_path / "bad.lst").write_text((world.corpus / "test.lst").read_text().replace("by the river", "..."))

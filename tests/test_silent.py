@@ -1,0 +1,526 @@
+"""Nothing silent: what a user gives is used or refused by name, what a user made is never written over, and no wrong result ends with exit code 0."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from conftest import RATE, TTS_FLAGS, VAE_FLAGS, tone, write_corpus
+
+import evaluate
+import prepare
+import sample
+import train_tts
+import train_vae
+from model import DiT, InputError, SemanticVAE
+from prepare import Data
+
+# ------------------------------------------------------------------------------------------ the user's own files
+
+
+def index(out: Path) -> list[dict]:
+    return Data(out).clips
+
+
+def test_scratch_space_holds_only_what_we_made(tmp_path):
+    """A folder work/ or partial/ of the user's, and one whose name only resembles that of kept weights, are left alone."""
+    for folder in ("work", "partial", "step-backup"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "thesis.txt").write_text("years")
+    prepare.main([str(write_corpus(tmp_path / "in", 3)), "--out", str(tmp_path), "--ssl", "none"])
+    assert (tmp_path / "work" / "thesis.txt").exists() and not (tmp_path / prepare.WORK).exists()
+
+    class Model:
+        def save_pretrained(self, folder, **notes):
+            Path(folder).mkdir(exist_ok=True)
+
+    train_vae.save_run(tmp_path, 2, Model(), {}, {}, {}, keep=1)
+    assert (tmp_path / "step-backup" / "thesis.txt").exists()
+    assert sorted(p.name for p in tmp_path.glob("step0*")) == ["step0000002"]
+
+
+def test_a_folder_that_we_did_not_begin_is_refused(tmp_path, fails):
+    corpus = write_corpus(tmp_path / "in", 3)
+    for name in ("index.tsv", "meta.json"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / name).write_text("{}")
+        fails(prepare.main, [corpus, "--out", tmp_path / "mine", "--ssl", "none"], f"holds a {name}, but no settings.json")
+        assert (tmp_path / "mine" / name).read_text() == "{}"
+        (tmp_path / "mine" / name).unlink()
+
+
+WORDS = ["--ref-text", "one small bird", "--text", "by the river"]
+
+
+def speak(world, *more):
+    return ["--tts", str(world.tts), "--asr", str(world.ssl), "--steps", "1", *map(str, more)]
+
+
+def test_no_recording_is_written_over(world, tmp_path, fails, monkeypatch):
+    """By its own name, the default, a spelling, a link; and none of a list's or of the table's."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("sample.wav", "voice.wav"):
+        sf.write(name, tone(1.3, 0), RATE)
+    Path("link.wav").symlink_to("voice.wav")
+    before = {name: Path(name).read_bytes() for name in ("sample.wav", "voice.wav")}
+    fails(sample.main, speak(world, "--ref", "sample.wav", *WORDS), "--out sample.wav is sample.wav, which is read")
+    for out in ("voice.wav", tmp_path / "voice.wav", "link.wav"):
+        fails(sample.main, speak(world, "--ref", "./voice.wav", *WORDS, "--out", out), "which is read: choose another --out")
+    assert {name: Path(name).read_bytes() for name in before} == before
+    corpus = shutil.copytree(world.corpus, tmp_path / "corpus")
+    listed = ["--tts", world.tts, "--list", corpus / "test.lst", "--out", corpus / "audio"]
+    fails(sample.main, listed, "was made with other settings", "choose another --out")
+    score = ["--asr", world.ssl, "--sim", world.sv, "--list", corpus / "test.lst", "--out"]
+    for out in (corpus / "test.lst", corpus / "audio" / "0.wav"):
+        fails(evaluate.main, [*score, out], "which is read")
+    fails(evaluate.main, [*score, corpus], "is a folder")
+    (tmp_path / "index.html").write_text("my home page")
+    fails(evaluate.main, [*score, tmp_path / "s.csv", "--report", tmp_path], "is no page of ours")
+
+
+@pytest.mark.parametrize("train, name", [(train_vae, "vae"), (train_tts, "tts")])
+def test_weights_that_we_did_not_train_here_are_not_replaced(train, name, world, tmp_path, fails):
+    """Downloaded, with or without the notes of the run that made them; and a folder with another program's config.json."""
+    there = shutil.copytree(getattr(world, name), tmp_path / "m")
+    (there / "state.pt").unlink(), (there / ".lock").unlink()
+    for lacking in ("log.csv", "args.json", "model.safetensors"):
+        before = {p.name: p.read_bytes() for p in there.iterdir() if p.is_file()}
+        for init in (["--init", there], []):
+            fails(train.main, ["--data", world.data, "--out", there, *init], "but no run that was begun here: choose another --out")
+        fails(train.main, ["--resume", "--out", there], "holds no run to resume")
+        assert {p.name: p.read_bytes() for p in there.iterdir() if p.is_file()} == before
+        (there / lacking).unlink()
+
+
+def test_a_file_is_what_its_suffix_says(world, tmp_path, fails):
+    kinds = {".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".OGG": "OGG", ".opus": "OGG"}
+    for suffix, kind in kinds.items():
+        prepare.write_wave(tmp_path / f"a{suffix}", tone(0.5, 0), RATE)
+        assert sf.info(tmp_path / f"a{suffix}").format == kind
+    ref = ["--ref", world.corpus / "audio" / "3.wav"]
+    sample.main(speak(world, *ref, *WORDS, "--out", tmp_path / "said.flac"))
+    assert sf.info(tmp_path / "said.flac").format == "FLAC"
+    for out in ("said.m4a", "said", "."):
+        fails(sample.main, speak(world, *ref, *WORDS, "--out", tmp_path / out), "expected a file that ends in .wav, .flac")
+
+
+def test_a_run_folder_that_is_a_link_can_be_sampled_from(world, tmp_path):
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tts").symlink_to(tmp_path / "disk" / "deep")
+    train_tts.main(["--data", str(world.data), "--out", str(tmp_path / "runs" / "tts"), "--asr", "none", *TTS_FLAGS, "--steps", "1", "--eval-sentences", "0"])
+    for name in (tmp_path / "runs" / "tts", tmp_path / "disk" / "deep"):
+        sample.load(str(name), None, "cpu")
+
+
+# --------------------------------------------------------------------------------------------- data change meaning
+
+
+def prepared(tmp_path, source, *flags, out="out"):
+    """Its clips by id, and the reasons of those that were dropped."""
+    prepare.main([str(source), "--out", str(tmp_path / out), "--ssl", "none", *map(str, flags)])
+    dropped = [line.split("\t") for line in (tmp_path / out / "dropped.tsv").read_text(encoding="utf-8").split("\n")[:-1]]
+    return {c["id"]: c for c in index(tmp_path / out)}, dict(dropped)
+
+
+def corpus_of(folder: Path, table: str, header: str | None = None, name: str = "metadata.csv") -> Path:
+    """Two recordings of 1 s, wavs/a.wav and wavs/b.wav, and a table of them."""
+    (folder / "wavs").mkdir(parents=True)
+    for i, clip in enumerate("ab"):
+        sf.write(folder / "wavs" / f"{clip}.wav", tone(1, i), RATE)
+    (folder / name).write_bytes((f"{header}\n" if header else "").encode() + table.encode())
+    return folder
+
+
+def edit_a_text(corpus):
+    (corpus / "manifest.csv").write_text((corpus / "manifest.csv").read_text().replace("|s0|", "|s0|now "))
+
+
+def replace_a_recording(corpus):
+    sf.write(corpus / "audio" / "0.wav", tone(1, 9), RATE)
+    os.utime(corpus / "audio" / "0.wav", ns=(1, 1))
+
+
+def put_one_back(corpus):
+    sf.write(corpus / "audio" / "gone.wav", tone(1, 9), RATE)
+
+
+@pytest.mark.parametrize("change", [edit_a_text, replace_a_recording, put_one_back])
+def test_sources_that_changed_are_refused_by_name(change, tmp_path, fails):
+    corpus = write_corpus(tmp_path / "in", 3)
+    with open(corpus / "manifest.csv", "a") as f:
+        f.write("audio/gone.wav|s1|one bird|train\n")
+    args = [corpus, "--out", tmp_path / "out", "--ssl", "none"]
+    prepare.main([str(a) for a in args])
+    prepare.main([str(a) for a in args])  # nothing has changed
+    change(corpus)
+    fails(prepare.main, args, "was made with other settings or recordings", "gone.wav" if change == put_one_back else "audio/0.wav", "choose another --out")
+
+
+def test_a_teacher_whose_weights_changed_is_refused(world, tmp_path, fails):
+    teacher = shutil.copytree(world.ssl, tmp_path / "ssl")
+    prepare.main([str(write_corpus(tmp_path / "in", 3)), "--out", str(tmp_path / "out"), "--ssl", str(teacher)])
+    with open(teacher / "model.safetensors", "ab") as f:
+        f.write(b"more")
+    fails(prepare.main, ["--out", tmp_path / "out"], "holds other weights")
+
+
+@pytest.mark.parametrize("third", ["1.5", "17", "p225"])
+def test_a_third_column_that_is_no_reading_of_the_second_is_refused(third, tmp_path, fails):
+    corpus = corpus_of(tmp_path / "in", f"a|One small bird.|{third}\nb|By the river.|{third}\n")
+    fails(prepare.main, [corpus, "--out", tmp_path / "out", "--ssl", "none"], "is not name|text", "One small bird.", "awk -F'|'")
+
+
+def test_an_empty_third_column_leaves_the_second(tmp_path):
+    clips, _ = prepared(tmp_path, corpus_of(tmp_path / "in", "a|One small bird.|\nb|In 1984.|in nineteen eighty four\n"))
+    assert [c["text"] for c in clips.values()] == ["One small bird.", "in nineteen eighty four"]
+
+
+@pytest.mark.parametrize("header, table, name", [
+    ("file_name,transcription", 'wavs/a.wav,"One small, bird."\nwavs/b.wav,By the river.\n', "metadata.csv"),  # Hugging Face
+    ("audio_file|text", "wavs/a.wav|One small, bird.\nwavs/b.wav|By the river.\n", "metadata.csv"),  # F5-TTS
+    ("audio_file|text|speaker_name", "wavs/a.wav|One small, bird.|ann\nwavs/b.wav|By the river.|ann\n", "metadata.csv"),  # Coqui
+    ("speaker\taudio\ttext", "ann\twavs/a.wav\tOne small, bird.\nann\twavs/b.wav\tBy the river.\n", "manifest.csv"),
+])  # fmt: skip
+def test_tables_are_read_by_their_header(header, table, name, tmp_path, capsys):
+    clips, dropped = prepared(tmp_path, corpus_of(tmp_path / "in", table, header, name))
+    assert [c["text"] for c in clips.values()] == ["One small, bird.", "By the river."] and not dropped
+    named = "speaker" in header
+    assert [c["speaker"] for c in clips.values()] == (["ann", "ann"] if named else ["wavs/a.wav", "wavs/b.wav"])
+    assert ("2 clips name no speaker" in capsys.readouterr().out) is not named
+
+
+def test_a_table_without_a_header_is_refused_with_what_converts_it(tmp_path, fails):
+    table = tmp_path / "meta.lst"
+    table.write_text("a|one small bird|wavs/b.wav|by the river\n")
+    fails(prepare.main, [table, "--out", tmp_path / "out", "--ssl", "none"], "has no columns audio and text", "awk -F'|'")
+    fails(sample.main, ["--list", table], "six tab-separated columns", "awk -F'|'")
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path):
+    odd = "\u2028", "\x85", "\x0c", "\r"
+    text = "one" + "".join(f"{c}small" for c in odd)
+    for layout in ("ljspeech", "manifest", "librispeech"):
+        corpus = corpus_of(tmp_path / layout, f"a|{text}\r\nb|bird\r\n")
+        if layout == "manifest":
+            (corpus / "manifest.csv").write_bytes(f"audio|speaker|text|split\r\nwavs/a.wav|s|{text}|train\r\nwavs/b.wav|s|bird|train\r\n".encode())
+        if layout == "librispeech":
+            sf.write(corpus / "wavs" / "a.flac", tone(1, 0), RATE)
+            (corpus / "wavs" / "s.trans.txt").write_bytes(f"a {text}\n".encode())
+        clips, dropped = prepared(tmp_path, corpus, out=f"out-{layout}")
+        assert next(iter(clips.values()))["text"] == "one small small small small" and not dropped
+    (tmp_path / "a.lst").write_text(f"a\t1\t{text}\tb\t1\t{text}\n", encoding="utf-8", newline="")
+    assert len(evaluate.read_list(tmp_path / "a.lst")) == 1
+
+
+def test_folders_that_are_links_are_read(tmp_path):
+    for i in (1, 2):
+        folder = tmp_path / "disk" / f"subset{i}" / "19" / "198"
+        folder.mkdir(parents=True)
+        sf.write(folder / f"19_198_{i}.wav", tone(1, i), RATE)
+        (folder / f"19_198_{i}.normalized.txt").write_text("one small bird")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "first").symlink_to(tmp_path / "disk" / "subset1")
+    (tmp_path / "in" / "second").symlink_to(tmp_path / "disk" / "subset2")
+    assert len(prepared(tmp_path, tmp_path / "in")[0]) == 2
+
+
+def test_two_folders_of_one_voice_each_are_two_voices(tmp_path):
+    both = [corpus_of(tmp_path / name, "a|One bird\nb|Two birds\n") for name in ("ann", "bob")]
+    prepare.main([*map(str, both), "--out", str(tmp_path / "out"), "--ssl", "none"])
+    assert [c["speaker"] for c in index(tmp_path / "out")] == [f"{folder}:LJ" for folder in both for _ in "ab"]
+
+
+@pytest.mark.parametrize("again", ["wavs/a.wav", "wavs/../wavs/a.wav", "link.wav"])
+def test_a_recording_listed_twice_is_refused(again, tmp_path, fails):
+    corpus = corpus_of(tmp_path / "in", f"wavs/a.wav|s|one bird\n{again}|s|one bird\n", "audio|speaker|text", "manifest.csv")
+    (corpus / "link.wav").symlink_to(corpus / "wavs" / "a.wav")
+    fails(prepare.main, [corpus, "--out", tmp_path / "out", "--ssl", "none"], "are one recording", "wavs/a.wav", again)
+    fails(prepare.main, [corpus / "manifest.csv", corpus, "--out", tmp_path / "out", "--ssl", "none"], "are one recording")
+
+
+def test_recordings_are_dropped_for_what_is_wrong_with_them(tmp_path, capsys):
+    """Missing, under another suffix, without a header, of an unknown kind, in the range of 16-bit integers, punctuation alone: each by its name."""
+    rows = ["wavs/a.wav|s|one bird", "gone.wav|s|one bird", "other.wav|s|one bird", "a.raw|s|one bird", "a.m4a|s|one bird", "loud.wav|s|one bird", "wavs/b.wav|s|?!"]
+    corpus = corpus_of(tmp_path / "in", "\n".join(rows), "audio|speaker|text", "manifest.csv")
+    sf.write(corpus / "other.flac", tone(1, 2), RATE)
+    sf.write(corpus / "loud.wav", 32767 * tone(1, 2), RATE, subtype="FLOAT")
+    (corpus / "a.raw").write_bytes(bytes(1000))
+    (corpus / "a.m4a").write_bytes(b"\0\0\0 ftypM4A " + bytes(1000))
+    clips, dropped = prepared(tmp_path, corpus)
+    assert list(clips) == ["wavs/a.wav"] and dropped["wavs/b.wav"] == "empty text"
+    assert dropped["gone.wav"] == "no such file" and dropped["other.wav"] == "no such file (but one that ends in .flac)"
+    assert all("ffmpeg -i FILE FILE.wav" in dropped[name] for name in ("a.raw", "a.m4a"))
+    assert "not within -1 and 1" in dropped["loud.wav"] and "recorded at" not in capsys.readouterr().out
+
+
+def test_silence_is_told_by_what_lasts(tmp_path):
+    """An offset is no sound, and neither is a click."""
+    corpus = corpus_of(tmp_path / "in", "wavs/a.wav|s|one\nwavs/b.wav|s|two\noffset.wav|s|three\nclick.wav|s|four\n", "audio|speaker|text", "manifest.csv")
+    click = np.zeros(RATE)
+    click[5000] = 0.9
+    sf.write(corpus / "offset.wav", np.full(RATE, 0.1), RATE)
+    sf.write(corpus / "click.wav", click, RATE)
+    assert prepared(tmp_path, corpus)[1] == {"offset.wav": "silent", "click.wav": "silent"}
+
+
+def test_recordings_of_a_lower_rate_are_said(tmp_path, capsys):
+    corpus = corpus_of(tmp_path / "in", "a|one bird\nb|two birds\n")
+    sf.write(corpus / "wavs" / "b.wav", tone(1, 0)[::2], 8000)
+    prepared(tmp_path, corpus, "--sample-rate", 24000)
+    out = capsys.readouterr().out
+    assert "1 clips were recorded at 8000 Hz: nothing above 4000 Hz is in them" in out and "1 clips were recorded at 16000 Hz" in out
+
+
+def test_after_all_clips_were_dropped_the_folder_is_taken_again(tmp_path, fails):
+    corpus, args = write_corpus(tmp_path / "in", 3), ["--out", tmp_path / "out", "--ssl", "none"]
+    fails(prepare.main, [corpus, *args, "--min-seconds", "9"], "all 3 clips were dropped")
+    prepare.main([str(a) for a in (corpus, *args)])
+    assert len(index(tmp_path / "out")) == 3
+
+
+def test_the_demo_is_not_prepared_by_mistake(world, tmp_path, fails):
+    """A mistyped --out, or a forgotten source; and flags that only reading sources needs."""
+    for flags in (["--vae", world.vae], ["--ssl", world.ssl], ["--aligner", world.ssl]):
+        fails(prepare.main, ["--out", tmp_path / "typo", *flags], "typo holds no data to add to, and no source is given")
+    assert not (tmp_path / "typo").exists()
+    for flags in (["--sample-rate", 24000], ["--text", "raw"], ["--valid", 0.2]):
+        fails(prepare.main, ["--out", world.data, *flags], f"{flags[0]} says how sources are read, and none is given")
+
+
+def test_models_are_looked_for_before_the_audio_is_read(world, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(prepare, "fill_audio", lambda *args: pytest.fail("the audio was read"))
+    args = [world.corpus, "--out", tmp_path / "out"]
+    fails(prepare.main, [*args, "--ssl", tmp_path / "typo"], "cannot load the SSL model", "typo")
+    fails(prepare.main, [*args, "--ssl", "none", "--aligner", tmp_path / "typo"], "cannot load", "typo")
+    fails(prepare.main, [*args, "--ssl", "none", "--vae", tmp_path / "typo"], "no folder", "typo")
+
+
+def test_splits_of_a_manifest_are_not_overruled(tmp_path, fails):
+    fails(prepare.main, [write_corpus(tmp_path / "in", 3), "--out", tmp_path / "out", "--ssl", "none", "--valid", "0.3"], "--valid is for sources that name no splits")
+
+
+def test_texts_with_more_bytes_than_frames_are_left_out(world, tmp_path, capsys, fails):
+    """In training, where they would be cut in mid-word; sample.py stretches them, and says so."""
+    data = shutil.copytree(world.data, tmp_path / "data")
+    lines = [line.split("\t") for line in (data / "index.tsv").read_text().splitlines()]
+    many = "नमस्ते दुनिया " * 5  # 200 bytes, for 40 frames
+    starts = np.fromfile(data / "starts.bin", "float32")
+    meta = json.loads((data / "meta.json").read_text())
+    added = len(many.encode()) - len(lines[1][4].encode())
+    lines[1][4] = many
+    (data / "index.tsv").write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+    np.concatenate([np.linspace(0, 0.9, len(many.encode()), dtype="float32"), starts[len(many.encode()) - added :]]).tofile(data / "starts.bin")
+    meta["starts"]["shape"][0] += added
+    (data / "meta.json").write_text(json.dumps(meta))
+    train_tts.main(["--data", str(data), "--out", str(tmp_path / "tts"), "--asr", "none", *TTS_FLAGS, "--steps", "1", "--eval-sentences", "0"])
+    out = capsys.readouterr().out
+    assert f"1 clips are left out, whose texts have more bytes than the clips have latent frames, among them {lines[1][0]}" in out and "; 5 clips, " in out
+    ref = ["--ref", world.corpus / "audio" / "3.wav", "--ref-text", "one small bird sang by the river this morning", "--out", tmp_path / "a.wav"]
+    sample.main(speak(world, *ref, "--text", "by the river", "--speed", 3))
+    assert "1 of 1 pieces have more bytes than frames" in capsys.readouterr().out
+    fails(sample.main, speak(world, *ref, "--text", "by the river", "--duration", "0.1"), "--duration 0.1 is too short")
+
+
+# ---------------------------------------------------------------------------------- speech that is not what was asked
+
+
+def test_what_is_given_is_used_or_refused(world, tmp_path, fails):
+    ref, out = ["--ref", world.corpus / "audio" / "3.wav"], ["--out", tmp_path / "a.wav"]
+    for text in ("", "!!!", " "):
+        fails(sample.main, speak(world, *out, "--text", text), "nothing to say: the text is empty")
+    fails(sample.main, speak(world, *out, *ref, "--ref-text", "", "--text", "bird"), "the transcript of the prompt is empty")
+    (tmp_path / "said.txt").write_text("by\nthe river")
+    fails(sample.main, speak(world, *out, "--text", "a", "--text-file", tmp_path / "said.txt"), "not allowed with argument --text")
+    fails(sample.main, speak(world, *out, "--text-file", tmp_path / "absent"), "cannot read", "absent")
+    fails(sample.main, speak(world, *out, *ref, "--text", "bird", "--language", "klingon"), "knows no --language klingon")
+    listed = ["--tts", world.tts, "--list", world.corpus / "test.lst"]
+    for flag, value in dict(takes=2, duration=1, text="a", ref="a.wav", asr="other", language="de").items():
+        fails(sample.main, [*listed, f"--{flag}", value], f"--{flag} has no use with --list")
+    for flag in (["--limit", 1], ["--dry-run"], ["--ref-dir", "."]):
+        fails(sample.main, speak(world, *flag), f"{flag[0]} has no use without --list")
+    for flag in (["--runs", world.vae], ["--compare", world.vae]):
+        fails(evaluate.main, flag, f"{flag[0]} is for the page")
+    (tmp_path / "a.lst").write_text("audio/0.wav\t1\tone small bird\taudio/2.wav\t1\t!!!\n")
+    fails(sample.main, ["--tts", world.tts, "--list", tmp_path / "a.lst", "--ref-dir", world.corpus, "--out", tmp_path / "said"], "nothing to say: the text of audio/2.wav")
+    assert not (tmp_path / "said").exists()
+
+
+def test_speech_is_what_lasts_in_a_prompt():
+    """An offset does not hide the silence before it, nor a click in it the speech."""
+    quiet = np.concatenate([np.zeros(RATE), 0.05 * tone(2, 0), np.zeros(RATE)]).astype(np.float32)
+    click = quiet.copy()
+    click[int(2.5 * RATE)] = 1
+    for wave in (quiet, quiet + 0.02, click):
+        trimmed, _ = sample.check_prompt(wave, "one small bird sang by the river", RATE, 10)
+        assert 2 <= len(trimmed) / RATE < 2.3
+    silence = np.zeros(2 * RATE, np.float32)
+    silence[RATE] = 1
+    for wave in (silence, silence + 0.1):
+        with pytest.raises(InputError, match="the prompt is silent"):
+            sample.check_prompt(wave, "text", RATE, 10)
+
+
+def test_a_prompts_length_is_checked_before_it_is_transcribed(world, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(sample, "Recognizer", lambda *args: pytest.fail("a recogniser was loaded"))
+    sf.write(tmp_path / "long.wav", tone(60, 0), RATE)
+    fails(sample.main, speak(world, "--ref", tmp_path / "long.wav", "--text", "bird", "--out", tmp_path / "a.wav"), "the prompt is 60.0 s, limit")
+
+
+def test_a_list_that_changed_is_neither_kept_nor_scored(world, tmp_path, fails):
+    corpus = shutil.copytree(world.corpus, tmp_path / "corpus")
+    listed = ["--tts", world.tts, "--list", corpus / "test.lst", "--out", tmp_path / "said", "--steps", "1"]
+    sample.main([str(a) for a in (*listed, "--limit", 1)])
+    sample.main([str(a) for a in (*listed, "--limit", 2)])  # the same list, further
+    lines = (corpus / "test.lst").read_text()
+    (corpus / "test.lst").write_text(lines.replace("by the river", "by the mill", 1))
+    fails(sample.main, listed, "was made with other settings, texts or prompts", "2.wav")
+    score = ["--list", corpus / "test.lst", "--generated", tmp_path / "said", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--limit", 2]
+    fails(evaluate.main, score, "was made from other texts", "the first 2.wav")
+    (corpus / "test.lst").write_text(lines)
+    os.utime(corpus / "audio" / "0.wav", ns=(1, 1))
+    fails(sample.main, listed, "was made with other settings, texts or prompts", "2.wav")
+
+
+def test_a_line_far_longer_than_the_model_was_trained_on_is_refused(world, tmp_path, fails, capsys):
+    for words, (count, script) in {"by the river": (240, fails), "by river": (12, None)}.items():
+        (tmp_path / "a.lst").write_text(f"audio/0.wav\t1\tone small bird sang\taudio/2.wav\t1\t{'by the river ' * (count // 3)}\n")
+        args = ["--tts", world.tts, "--list", tmp_path / "a.lst", "--ref-dir", world.corpus, "--out", tmp_path / "said", "--dry-run"]
+        if script:
+            fails(sample.main, args, "audio/2.wav takes", "the model was trained on at most")
+        else:
+            sample.main([str(a) for a in args])
+            assert "1 of 1 lines are longer than" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["ฉันเห็นนกตัวเล็กบินอยู่ริมแม่น้ำเมื่อเช้านี้", "我今天早上在河邊看見一隻小鳥在唱歌", "けさかわのそばでちいさなとりがうたっているのをみました"])
+def test_long_texts_without_spaces_are_cut_between_characters(text):
+    pieces = sample.split_text(text, 30)
+    assert "".join(pieces) == text and len(pieces) > 1 and all(len(p.encode()) <= 30 for p in pieces)
+    assert not any(p[0] in sample.MARKS for p in pieces)
+    assert sample.split_text(text, 200) == [text]
+
+
+def test_a_pace_is_of_characters():
+    assert not sample.check_prompt(tone(3, 0), "我今天早上在河邊看見一隻小鳥在唱歌" * 2, RATE, 10)[1]  # 11 characters a second, 34 bytes
+
+
+def test_an_interrupted_long_text_keeps_what_was_said(world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "long.txt").write_text("By the river. One bird sang. By the small river.\nOne small bird sang.")
+    ref = ["--ref", world.corpus / "audio" / "3.wav", "--ref-text", "one small bird", "--out", tmp_path / "a.wav", "--text-file", tmp_path / "long.txt"]
+    synthesize, calls = sample.synthesize, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return synthesize(*args)
+
+    monkeypatch.setattr(sample, "synthesize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(speak(world, *ref, "--batch-size", 1))
+    assert "a.part.wav: the first 1 of " in capsys.readouterr().out
+    assert sf.info(tmp_path / "a.part.wav").frames and not (tmp_path / "a.wav").exists()
+    sample.main(speak(world, *ref))
+    assert sf.info(tmp_path / "a.wav").frames > sf.info(tmp_path / "a.part.wav").frames
+
+
+# ------------------------------------------------------------------------------------------------ scores that mislead
+
+
+def test_languages_without_spaces_are_scored_by_characters():
+    rates = evaluate.error_rates(["我今天看見一隻小鳥"], ["我今天看見一隻 大鳥"])
+    assert rates == dict(cer=pytest.approx(1 / 9), wer=2.0)
+    record = dict(system="original", utterance="a", sim=0.5, hypothesis="x")
+    for reference, first in (("我今天看見一隻小鳥", "CER %"), ("one small bird", "WER %")):
+        heading, row = evaluate.make_table(["original"], [record | dict(reference=reference) | evaluate.error_rates([reference], ["x"])])
+        assert heading[1] == first and "[" in row[1] and {"CER %", "WER %"} <= set(heading)
+
+
+def test_the_english_normaliser_is_for_english(world, tmp_path, capsys):
+    score = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--limit", 1]
+    for language in ("en", "de"):
+        evaluate.main([str(a) for a in (*score, "--language", language)])
+        table = capsys.readouterr().out
+        assert "CER %" in table and ("Whisper-norm. WER %" in table) == (language == "en") and "by the demo's own scorers" not in table
+
+
+def test_a_table_by_the_demos_scorers_says_so(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "DEMO", world.root)
+    evaluate.main([str(a) for a in ("--list", world.corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--limit", 1)])
+    assert "by the demo's own scorers: compare nothing but the demo with it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wave, words", [(np.zeros(40), "holds 0.003 s"), (np.zeros(RATE), "is silent"), (np.full(RATE, 0.1), "is silent")])
+def test_a_recording_that_cannot_be_scored_is_named(wave, words, world, tmp_path, fails):
+    corpus = shutil.copytree(world.corpus, tmp_path / "corpus")
+    score = ["--list", corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--limit", 1]
+    for name in ("2.wav", "0.wav"):  # to be scored, and its prompt
+        before = (corpus / "audio" / name).read_bytes()
+        sf.write(corpus / "audio" / name, wave, RATE)
+        fails(evaluate.main, score, name, words)
+        (corpus / "audio" / name).write_bytes(before)
+
+
+# ------------------------------------------------------------------------------------------- numbers and terminals
+
+NUMBERS = {  # flag: values that it cannot have
+    prepare: {"workers": "0 -1", "chunk": "0", "batch-seconds": "0 nan inf", "sample-rate": "0 16k", "valid": "5 -0.1", "min-seconds": "0 nan"},
+    train_vae: {"seed": "-1", "lr": "-1 nan", "log-every": "0", "eval-every": "0", "workers": "-1", "steps": "-5 0 1e5", "crop": "0", "ema": "2", "micro-batch": "0", "eval-clips": "0"},
+    train_tts: {"seed": "-1", "lr": "inf", "batch-seconds": "0", "micro-seconds": "0", "join": "0", "steps": "-5", "sample-steps": "0", "keep": "-1", "clip": "0"},
+    sample: {"seed": "-1", "steps": "0", "cfg": "nan", "duration": "-2 0 nan", "limit": "-1 0", "takes": "0", "speed": "0 9", "cfg-until": "2", "batch-size": "0"},
+    evaluate: {"limit": "-1 0", "report-clips": "-1"},
+}
+
+
+@pytest.mark.parametrize("script", NUMBERS, ids=lambda script: script.__name__)
+def test_a_number_that_a_flag_cannot_have_is_refused_by_name(script, fails):
+    for flag, values in NUMBERS[script].items():
+        for value in values.split():
+            fails(script.main, [f"--{flag}={value}"], f"argument --{flag}: ", value)
+
+
+def test_a_terminal_that_is_not_utf8_is_written_to(monkeypatch, tmp_path):
+    with open(tmp_path / "terminal", "w", encoding="ascii") as terminal:
+        monkeypatch.setattr(prepare.sys, "stdout", terminal)
+        with pytest.raises(SystemExit) as caught:
+            prepare.cli(lambda: print("größer → 語"))
+    assert caught.value.code == 0 and (tmp_path / "terminal").read_text() == "gr\\xf6\\xdfer \\u2192 \\u8a9e\n"
+
+
+# ------------------------------------------------------------------------------------------------------ what has moved
+
+
+@pytest.mark.parametrize("train, name", [(train_vae, "vae"), (train_tts, "tts")])
+def test_a_finished_run_says_so(train, name, world, tmp_path, fails, capsys):
+    run = shutil.copytree(getattr(world, name), tmp_path / name)
+    before = (run / "state.pt").read_bytes()
+    train.main(["--resume", "--out", str(run)] + (["--vae", str(world.vae)] if name == "tts" else []))
+    assert "has made all of its 2 steps: to go on, give more with --steps" in capsys.readouterr().out
+    fails(train.main, ["--resume", "--out", run, "--steps", 1], "has made 2 steps, more than --steps 1")
+    assert (run / "state.pt").read_bytes() == before and json.loads((run / "args.json").read_text())["steps"] == 2
+
+
+def test_what_moved_is_named_with_its_flag(world, tmp_path, fails, monkeypatch):
+    """Also where no folder runs/ is: a relative path of ours is never asked of the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **more: pytest.fail("the hub was asked"))
+    tts = shutil.copytree(world.tts, tmp_path / "moved")
+    fails(sample.main, ["--tts", tts], "no folder", "if it was moved", "--vae")
+    fails(sample.main, ["--tts", "runs/absent"], "no folder runs/absent")
+    fails(evaluate.main, ["--list", world.corpus / "test.lst", "--asr", "runs/absent"], "cannot load the recogniser runs/absent", "with --asr")
+    fails(train_tts.main, ["--data", "data/absent", "--out", "a"], "name the folder with --data")
+    data = shutil.copytree(world.data, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | dict(latents=meta["latents"] | dict(vae="runs/absent"))))
+    fails(train_tts.main, ["--data", data, "--out", "b", *TTS_FLAGS], "no folder runs/absent", "--vae")
+
+
+def test_paths_to_the_demo_survive_a_moved_checkout(tmp_path, monkeypatch):
+    (tmp_path / "demo" / "ssl").mkdir(parents=True)
+    monkeypatch.setattr(prepare, "DEMO", tmp_path / "demo")
+    assert prepare.in_demo("/gone/checkout/demo/ssl") == str(tmp_path / "demo" / "ssl")
+    assert prepare.in_demo("/gone/checkout/demo/other") == "/gone/checkout/demo/other" and prepare.in_demo(7) == 7 and prepare.in_demo(None) is None
