@@ -22,6 +22,7 @@ import json
 import re
 import shutil
 import string
+import sys
 import unicodedata
 import zlib
 from collections import Counter
@@ -133,9 +134,11 @@ def identity(name: str, config=None) -> str:
 
 
 class Recognizer:
-    """A Hugging Face speech recogniser, Whisper or CTC, by id or folder. A multilingual Whisper is told the language; the others know but their own."""
+    """A Hugging Face speech recogniser, Whisper or CTC, by id or folder. A multilingual Whisper is told the language; the others know but their own.
 
-    def __init__(self, name: str, device, language: str = "en"):
+    half: matrix products in float16, in which Whisper was published. float32 everywhere else, here and in the speaker models."""
+
+    def __init__(self, name: str, device, language: str = "en", half: bool = False):
         from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
         from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
@@ -143,6 +146,7 @@ class Recognizer:
         self.whisper = config.model_type == "whisper"
         model, self.extractor, self.tokenizer = from_hub("recogniser", name, "ModelForSpeechSeq2Seq" if self.whisper else "ModelForCTC", "FeatureExtractor", "Tokenizer")
         self.model, self.device, self.identity = model.float().to(device).eval(), device, identity(name, config)
+        self.half = half
         self.told, multilingual = {}, self.whisper and getattr(model.generation_config, "is_multilingual", True)
         spoken = [token.strip("<|>") for token in getattr(model.generation_config, "lang_to_id", {})] if multilingual else ["en"] if self.whisper else LANGUAGES
         if language not in spoken:
@@ -153,15 +157,23 @@ class Recognizer:
         self.whisper_normalize = EnglishTextNormalizer(spellings) if language == "en" else None
 
     @torch.no_grad()
-    def __call__(self, wave: np.ndarray, rate: int = 16000) -> str:
-        """float32 audio [T] → text; Whisper by beam search of width 5."""
+    def __call__(self, waves: list[np.ndarray], rate: int = 16000) -> list[str]:
+        """float32 audio, each [T] → texts. Whisper by beam search of width 5; it hears 30 s, so what is longer in pieces of 30 s."""
         wanted = self.extractor.sampling_rate
-        inputs = self.extractor(resample(wave, rate, wanted), sampling_rate=wanted, return_tensors="pt").to(self.device)
-        if self.whisper:
-            ids = self.model.generate(inputs.input_features, num_beams=5, **self.told)[0]
-        else:
-            ids = self.model(**inputs).logits[0].argmax(-1)
-        return self.tokenizer.decode(ids, skip_special_tokens=self.whisper).strip()  # CTC: the blank keeps doubled letters apart
+        longest = 30 * wanted if self.whisper else sys.maxsize
+        waves = [resample(wave, rate, wanted) for wave in waves]
+        pieces = [(i, wave[start : start + longest]) for i, wave in enumerate(waves) for start in range(0, len(wave), longest)]
+        with torch.autocast(self.device.type, torch.float16, enabled=self.half):
+            if self.whisper:
+                features = self.extractor([piece for _, piece in pieces], sampling_rate=wanted, return_tensors="pt").input_features
+                ids = self.model.generate(features.to(self.device), num_beams=5, **self.told)
+            else:  # one by one: these models hear padding
+                inputs = [self.extractor(piece, sampling_rate=wanted, return_tensors="pt").to(self.device) for _, piece in pieces]
+                ids = [self.model(**one).logits[0].argmax(-1) for one in inputs]
+        texts = [""] * len(waves)
+        for (i, _), row in zip(pieces, ids):  # CTC: the blank keeps doubled letters apart
+            texts[i] = f"{texts[i]} {self.tokenizer.decode(row, skip_special_tokens=self.whisper).strip()}".strip()
+        return texts
 
 
 class SpeakerModel:
@@ -347,17 +359,19 @@ def recording(system: str, line: Line, args, rebuild) -> tuple[np.ndarray, dict]
     return rebuild[0](path) if system == "reconstruction" else (wave, {})
 
 
-def score(system: str, line: Line, args, asr, sim, voice, rebuild, quality) -> dict:
-    """The record of one utterance; voice(path) is a prompt's embedding."""
-    wave, more = recording(system, line, args, rebuild)
-    if not np.isfinite(wave).all():
-        raise InputError(f"{line.wav} holds non-finite samples")
-    hypothesis = asr(wave)
-    scores = error_rates([line.text], [hypothesis]) | dict(sim=float(sim(wave) @ voice(find_audio(args.audio, line.ref))))
-    if asr.whisper_normalize:
-        reference = asr.whisper_normalize(line.text) or normalize(line.text)
-        scores["wer_whisper"] = jiwer.wer(reference, asr.whisper_normalize(hypothesis))
-    return dict(system=system, utterance=line.gen, **scores, **more, **(quality(wave) if quality else {}), reference=line.text, hypothesis=hypothesis)
+def score(system: str, lines: list[Line], args, asr, sim, voice, rebuild, quality):
+    """The records of some utterances, one after another; voice(path) is a prompt's embedding."""
+    waves, distances = zip(*(recording(system, line, args, rebuild) for line in lines))
+    for line, wave in zip(lines, waves):
+        if not np.isfinite(wave).all():
+            raise InputError(f"{line.wav} holds non-finite samples")
+    for line, wave, more, hypothesis in zip(lines, waves, distances, asr(list(waves))):
+        scores = error_rates([line.text], [hypothesis]) | dict(sim=float(sim(wave) @ voice(find_audio(args.audio, line.ref))))
+        if asr.whisper_normalize:
+            reference = asr.whisper_normalize(line.text) or normalize(line.text)
+            scores["wer_whisper"] = jiwer.wer(reference, asr.whisper_normalize(hypothesis))
+        quality_of = quality(wave) if quality else {}
+        yield dict(system=system, utterance=line.gen, **scores, **more, **quality_of, reference=line.text, hypothesis=hypothesis)
 
 
 def read_records(work: Path, key: str) -> dict[tuple[str, str], dict]:
@@ -485,6 +499,8 @@ def parse_args(argv=None):
     parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser: hub id or folder, Whisper or CTC (default: the demo's; the paper's is openai/whisper-large-v3)")
     parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
     parser.add_argument("--sim", default=str(DEMO / "sv"), help="speaker model: hub id or folder of x-vectors, or wavlm_large_finetune.pth for the papers' SIM-o (default: the demo's)")
+    parser.add_argument("--half", action=argparse.BooleanOptionalAction, help="the recogniser's matrix products in float16 (default: on a GPU)")
+    parser.add_argument("--batch-size", type=at_least(1), default=8 if torch.cuda.is_available() else 1, help="utterances that the recogniser hears at once (default %(default)s)")
     parser.add_argument("--squim", action="store_true", help="also estimate STOI and PESQ by torchaudio's SQUIM, whose weights it downloads")
     parser.add_argument("--report", type=Path, help="also write a page to this folder: players, spectrograms, scores, curves, latents")
     parser.add_argument("--report-clips", type=at_least(0), default=6, help="utterances on that page (default %(default)s)")
@@ -565,12 +581,13 @@ def main(argv=None):
     if args.dry_run:
         print(f"{args.list}: {len(lines)} utterances for {', '.join(systems)}; every file is there")
         return
-    asr, sim = Recognizer(args.asr, device, args.language), (SIMo if args.sim.endswith(".pth") else SpeakerModel)(args.sim, device)
+    args.half = device.type == "cuda" if args.half is None else args.half
+    asr, sim = Recognizer(args.asr, device, args.language, args.half), (SIMo if args.sim.endswith(".pth") else SpeakerModel)(args.sim, device)
     quality, voice = squim(device) if args.squim else None, functools.cache(lambda path: sim(hear(path)))
 
     # ---- this rank's utterances; a record is kept as soon as it is made, should this be interrupted
     how = "".join(f" {k}={made.get(k, '?')}" for k in ("tts", "seed", "steps", "cfg", "cfg_until", "sway", "speed")) if args.generated else ""
-    signature = (f"list={args.list.name} asr={asr.identity} sim={sim.identity} normalizer=seed-tts-eval wer=utterance-mean"
+    signature = (f"list={args.list.name} asr={asr.identity} sim={sim.identity} precision={'float16' if args.half else 'float32'} batch={args.batch_size} normalizer=seed-tts-eval wer=utterance-mean"
                  f"{f' vae={rebuild[1]}' if rebuild else ''}{how}")  # fmt: skip
     work, key = args.out.with_name(args.out.name + ".work"), f"{signature} {zlib.crc32(repr([lines, *map(file_stamp, recordings)]).encode())} {args.audio} {args.generated} {args.squim}"
     done, held = read_records(work, key), lock(work) if rank == 0 else None
@@ -578,9 +595,11 @@ def main(argv=None):
     work.mkdir(parents=True, exist_ok=True)
     with open(work / f"{rank}.jsonl", "a", encoding="utf-8") as f:
         for system in systems:
-            for line in tqdm(lines[rank::world], desc=system, disable=rank > 0):
-                if (system, line.gen) not in done:
-                    f.write("\n" + json.dumps([key, score(system, line, args, asr, sim, voice, rebuild, quality)]))
+            todo = [line for line in lines[rank::world] if (system, line.gen) not in done]
+            batches = [todo[k : k + args.batch_size] for k in range(0, len(todo), args.batch_size)]
+            for batch in tqdm(batches, desc=system, disable=rank > 0):
+                for record in score(system, batch, args, asr, sim, voice, rebuild, quality):
+                    f.write("\n" + json.dumps([key, record]))
                     f.flush()
     barrier()
     if rank > 0:

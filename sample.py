@@ -206,7 +206,7 @@ def say(args, dit, vae, device) -> None:
     text, wave = normalized("the text", args.text, dit.config.text), read_audio(args.ref, rate)
     check_prompt(wave, "", rate, limit / 2)  # before a recogniser, whose memory a long one would fill
     asr = Recognizer(args.asr, device, args.language) if args.ref_text is None or args.takes > 1 else None
-    ref_text = asr(wave, rate) if args.ref_text is None else args.ref_text
+    ref_text = asr([wave], rate)[0] if args.ref_text is None else args.ref_text
     ref_text = normalized("the transcript of the prompt", ref_text, dit.config.text)
     if args.ref_text is None:
         print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
@@ -225,7 +225,7 @@ def say(args, dit, vae, device) -> None:
     start, takes = time.time(), []
     for take in range(args.takes):
         said = join(say_pieces(args, dit, vae, requests, args.seed + take), rate)
-        error = error_rates([text], [asr(said, rate)])["cer"] if args.takes > 1 else 0
+        error = error_rates([text], asr([said], rate))["cer"] if args.takes > 1 else 0
         takes.append((error, take, said))
         if args.takes > 1:
             print(f"take {take} (seed {args.seed + take}): character error rate {error:.1%} by {args.asr}")

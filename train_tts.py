@@ -391,7 +391,7 @@ def main(argv=None):
             for n, wave in enumerate(waves):
                 write_wave(args.out / "samples" / f"{n}_step{done:07d}.wav", wave, data.rate)
             if asr and waves:
-                scores |= error_rates([r.text for r in requests], [asr(w, data.rate) for w in waves])
+                scores |= error_rates([r.text for r in requests], asr(waves, data.rate))
                 if scores["wer"] < 0.3 and not intelligible:
                     intelligible = (time.time() - start) / 60
                     tqdm.write(f"intelligible: the fixed sentences have fewer than 30 % word errors after {intelligible:.1f} minutes of training")
