@@ -1,10 +1,13 @@
-"""How fast it is, on whatever machine this runs: python tests/bench.py [decoder vae dit data ssl sampling demo schedule online curves]
+"""How fast it is, on whatever machine this runs: python tests/bench.py [decoder vae dit data ssl start recipe sampling demo schedule online curves]
+
+`python tests/bench.py gpu` is the first ten minutes on a new card: the paper's recipe for 20 steps, then speed, start-up and sampling.
 
 Not a test: pytest does not collect it. Every measurement runs in a process of its own, on noise, with the paper's networks
 (`demo`, `schedule`, `online` and `curves`: with the demo's). Forms that are compared take turns, call by call or step by step, since the
 speed of a shared machine wanders. Seconds depend on the machine, whose name is printed; ratios are what to compare.
 """
 
+import csv
 import ctypes
 import json
 import math
@@ -139,7 +142,10 @@ def noise_data(folder: Path, hours: float, silent: bool = False, seconds=(2.0, 1
     rows = [f"{i}\t{'valid' if i < 8 else 'train'}\ts{i % 4}\t{n}\t{text[: int(n / rate * 15)]}" for i, n in enumerate(lengths)]
     folder.mkdir(parents=True)
     (folder / "index.tsv").write_text("id\tsplit\tspeaker\tsamples\ttext\n" + "\n".join(rows) + "\n")
-    rows_of = dict(audio=(counts["audio"],), ssl=(counts["ssl"], ssl_dim), latents=(counts["latents"], 2, dim))
+    vae = SemanticVAE(VAEConfig(encoder_dim=4, latent_dim=dim, decoder_dim=64, resblock_kernels=(3,)))
+    vae.save_pretrained(folder / "vae")
+    vae_hash = SemanticVAE.from_pretrained(folder / "vae").latents_hash()
+    rows_of = {"audio": (counts["audio"],), "ssl": (counts["ssl"], ssl_dim), f"latents-{vae_hash}": (counts["latents"], 2, dim)}
     for name, shape in rows_of.items():
         with open(folder / f"{name}.bin", "wb") as f:
             if silent:
@@ -147,12 +153,14 @@ def noise_data(folder: Path, hours: float, silent: bool = False, seconds=(2.0, 1
             else:
                 (rng.integers(-3000, 3000, shape, dtype=np.int16) if name == "audio" else rng.standard_normal(shape, dtype=np.float32).astype(np.float16)).tofile(f)
     entry = lambda shape, dtype, rate, **more: dict(shape=shape, dtype=dtype, rate=str(rate), **more)
-    meta = dict(format=1, sample_rate=rate, text="plain", sources=["noise"], clips=len(lengths), hours=total / rate / 3600, audio=entry([counts["audio"]], "int16", rate),
-                ssl=entry([counts["ssl"], ssl_dim], "float16", 50, model="noise", dim=ssl_dim),
-                latents=entry([counts["latents"], 2, dim], "float16", rate // hop, vae=str(folder / "vae"), dim=dim, hop=hop, mean=[0.0] * dim, std=[1.6] * dim))  # fmt: skip
-    vae = SemanticVAE(VAEConfig(encoder_dim=4, latent_dim=dim, decoder_dim=64, resblock_kernels=(3,)))
-    vae.save_pretrained(folder / "vae")
-    meta["latents"]["vae_hash"] = SemanticVAE.from_pretrained(folder / "vae").latents_hash()
+    latents = entry([counts["latents"], 2, dim], "float16", rate // hop, vae=str(folder / "vae"), vae_hash=vae_hash, dim=dim, hop=hop,
+                    mean=[0.0] * dim, std=[1.6] * dim)  # fmt: skip
+    meta = {
+        "sample_rate": rate, "text": "plain", "sources": ["noise"], "clips": len(lengths), "hours": total / rate / 3600,
+        "audio": entry([counts["audio"]], "int16", rate),
+        "ssl": entry([counts["ssl"], ssl_dim], "float16", 50, model="noise", dim=ssl_dim, layers=1),
+        f"latents-{vae_hash}": latents,
+    }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -179,7 +187,7 @@ def vae(form: str, work: Path) -> dict:
     """The full VAE-GAN step of the paper's networks: on a CPU 2 crops of 1 s in float32, on a GPU of 3 s (24; plain, which needs more memory, 8)."""
     crops, crop, steps = (8 if form == "plain" else 24, 3, 30) if GPU else (2, 1, 14)
     flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"vae-{form}", "--steps", 1000, "--batch-seconds", crops * crop, "--crop", crop, "--micro-batch", crops,
-             "--eval-every", 10**6, "--eval-clips", 1]  # fmt: skip
+             "--device", DEVICE.type, "--eval-every", 10**6, "--eval-clips", 1]  # fmt: skip
     flags = [str(f) for f in flags]
     train = lambda: plain.train(flags, DEVICE) if form == "plain" else train_vae.main([*flags, "--compile" if form == "compiled" else "--no-compile"])
     seconds = seconds_of_a_step(train_vae, train, steps) / crops
@@ -188,9 +196,9 @@ def vae(form: str, work: Path) -> dict:
 
 def dit(form: str, work: Path) -> dict:
     """One step of the paper's DiT: on a GPU the paper's batch of 0.9 h, on a CPU 30 s in float32."""
-    batch, micro, steps = (3240, 600, 12) if GPU else (30, 30, 8)
+    batch, micro, steps = (3240, 450, 12) if GPU else (30, 30, 8)
     flags = ["--preset", "paper", "--data", work / "data", "--out", work / f"dit-{form}", "--steps", 1000, "--batch-seconds", batch, "--micro-seconds", micro, "--warmup", 10,
-             "--eval-every", 10**6, "--eval-sentences", 1, "--asr", "none",
+             "--device", DEVICE.type, "--eval-every", 10**6, "--eval-sentences", 1, "--asr", "none",
              "--compile" if form == "compiled" else "--no-compile", "--bf16" if GPU else "--no-bf16"]  # fmt: skip
     seconds = seconds_of_a_step(train_tts, lambda: train_tts.main([str(f) for f in flags]), steps)
     examples = train_tts.Utterances(Data(work / "data", ("latents",)), "train", batch, 1, 0)
@@ -212,7 +220,7 @@ def data(form: str, work: Path) -> dict:
         frames += train_tts.collate([examples[k] for k in keys])[5].sum().item()
     dit_rate = frames / 40 / (time.perf_counter() - start)
     corpus = train_tts.Utterances(Data(noise_data(work / "corpus", 20, silent=True), ("latents",)), "train", 3240, 1, 0)
-    return dict(vae_rate=vae_rate, dit_rate=dit_rate, padding=train_tts.MicroBatches(corpus, 0, 40, 405, 0, 1).padding(40))
+    return dict(vae_rate=vae_rate, dit_rate=dit_rate, padding=train_tts.MicroBatches(corpus, 0, 40, 450, 0, 1).padding(40))
 
 
 def ssl(form: str, work: Path) -> dict:
@@ -324,7 +332,40 @@ def curves(form: str, work: Path) -> dict:
     return {f"{k}_{name}_{n + 1}": block(r, k, n) for k in ("loss", "mel") for n in range(0, 200, 50) for name, r in (("plain", rows), ("fast", fast))}
 
 
+def start(form: str, work: Path) -> dict:
+    """Seconds from a training's start until the end of its first step, with the compiler's caches empty."""
+    my_turn()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / f"cache-{form}")
+    script, compile_flag = (train_vae, "--compile") if form == "vae" else (train_tts, "--no-compile" if form == "dit eager" else "--compile")
+    size = ["--batch-seconds", 2, "--crop", 1, "--micro-batch", 2] if form == "vae" else ["--batch-seconds", 30, "--warmup", 0, "--asr", "none"]
+    flags = ["--preset", "paper", "--data", work / "data", "--out", work / form, "--steps", 9, "--device", DEVICE.type, *size, compile_flag]
+    begun, ended = time.perf_counter(), []
+
+    def update_ema(*args):
+        ended.append(time.perf_counter())
+        raise Enough
+
+    script.update_ema = update_ema
+    try:
+        script.main([str(f) for f in flags])
+    except Enough:
+        return dict(start_seconds=ended[0] - begun)
+
+
+def recipe(form: str, work: Path) -> dict:
+    """The paper's two trainings as README gives them, on noise, for 20 steps (on a CPU two small ones): what their own logs say last."""
+    my_turn()
+    script = dict(vae=train_vae, tts=train_tts)[form]
+    small = ["--batch-seconds", 4, "--micro-batch", 2] if form == "vae" else ["--batch-seconds", 30]
+    more = ["--eval-clips", 1] if form == "vae" else ["--eval-sentences", 1, "--asr", "none", "--warmup", 1]
+    flags = ["--preset", "paper", "--data", work / "data", "--out", work / form, *more, *(["--steps", 20] if GPU else ["--steps", 2, *small])]
+    script.main([str(f) for f in [*flags, "--log-every", 1, "--device", DEVICE.type]])
+    last = list(csv.DictReader(open(work / form / "log.csv", encoding="utf-8")))[-2 if GPU else -1]  # the last one evaluates, too
+    return {name: float(last[name]) for name in ("seconds", "audio", "memory", "mfu") if last[name]}
+
+
 FORMS = dict(decoder=["plain", "eager", "compiled"], vae=["plain", "compiled"], dit=["eager", "compiled"], data=[""], ssl=[""],
+             start=["vae", "dit", "dit eager"], recipe=["vae", "tts"],
              sampling=["1x32", "1x7", "32x32", "32x7"] if GPU else ["1x7"], demo=[""], schedule=[""], online=[""], curves=[""])  # fmt: skip
 
 
@@ -360,11 +401,12 @@ def main():
     print(f"torch {torch.__version__} on {name}; matrix products at {matrix_rate(DEVICE, torch.float32) / 1e12:.2f} TFLOP/s in float32, {matrix_rate(DEVICE, torch.bfloat16) / 1e12:.2f} in bfloat16")
     with tempfile.TemporaryDirectory() as folder:
         noise_data(Path(folder) / "data", 2.0 if GPU else 0.1)
-        for what in sys.argv[1:] or FORMS:
+        wanted = ["recipe", "decoder", "vae", "dit", "start", "sampling", "ssl"] if sys.argv[1:] == ["gpu"] else sys.argv[1:] or FORMS
+        for what in wanted:
             print(f"\n{what}: {globals()[what].__doc__}")
             results = take_turns(what, folder)
             for form, figures in results.items():
-                ratio = f"  {results[FORMS[what][0]]['seconds'] / figures['seconds']:.2f} x" if "seconds" in figures else ""
+                ratio = f"  {results[FORMS[what][0]]['seconds'] / figures['seconds']:.2f} x" if "seconds" in figures and what != "recipe" else ""
                 print(f"  {form:<10}" + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) + ratio, flush=True)
 
 

@@ -243,7 +243,7 @@ def test_other_teachers(world, tmp_path, fails):
         prepare.main([str(world.corpus), "--out", str(tmp_path / name), "--text", "plain", *flags])
         train_vae.main(["--data", str(tmp_path / name), "--out", str(tmp_path / f"vae-{name}"), *VAE_FLAGS, "--align", "down" if name == "both" else "up"])
     prepare.main(["--out", str(tmp_path / "mix"), "--vae", str(tmp_path / "vae-mix")])  # knows its teacher and layers
-    assert {"ssl", "latents"} <= json.loads((tmp_path / "mix" / "meta.json").read_text()).keys()
+    assert Data(tmp_path / "mix", ("ssl", "latents"))
     config = SemanticVAE.from_pretrained(tmp_path / "vae-mix").config
     assert (config.ssl_dim, config.ssl_layers, config.align) == (32, 3, "up")
     fails(prepare.main, [world.corpus, "--out", tmp_path / "x", "--ssl", f"{world.ssl},{other}", "--layer", "all"], "several teachers need one layer")
