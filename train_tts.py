@@ -381,6 +381,7 @@ def main(argv=None):
         if logging:
             means.report_skipped(done, heard_at)
             row = means.read(world) | speed.row(world)
+        pause = time.time()
         if evaluating and rank == 0:
             scores = dict(valid_loss=validate(ema, valid, device))
             try:
@@ -404,6 +405,7 @@ def main(argv=None):
             gathered = means.state(world)
             if rank == 0:
                 save_run(args.out, done, ema, notes, modules, gathered, args.keep, seconds=time.time() - start, intelligible=intelligible)
+        speed.begun += time.time() - pause
         if stopped:
             bar.close()
             raise SystemExit(stopped_at(args.out, done, stopped, rank))

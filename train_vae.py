@@ -489,6 +489,7 @@ def compiled(module: nn.Module, wanted: bool, *example, parts=None):
     torch._dynamo.config.optimize_ddp = False  # would split graphs by DDP's buckets, and cannot where shapes are dynamic
     torch.fx.experimental._config.use_duck_shape = False  # sizes that agree in one batch may differ in the next
     begun = time.time()
+    tqdm.write("compiling: the first step waits for it")
     try:
         fast = module if parts else torch.compile(module, dynamic=False)
         for part in parts or ():
@@ -827,6 +828,7 @@ def main(argv=None):
         if logging:
             means.report_skipped(done, heard_at)
             row = means.read(world) | speed.row(world)
+        pause = time.time()
         if evaluating and rank == 0:
             scores = evaluate(ema, reader if encoder_first else None, data, clips, mel, device, args.out / "samples", done)
         if rank == 0 and (logging or evaluating):
@@ -836,6 +838,7 @@ def main(argv=None):
             gathered = means.state(world)
             if rank == 0:
                 save_run(args.out, done, ema, dict(data=data.meta["sources"], ssl=ssl), modules, gathered, args.keep, seconds=time.time() - start)
+        speed.begun += time.time() - pause
         if stopped:
             bar.close()
             raise SystemExit(stopped_at(args.out, done, stopped, rank))
