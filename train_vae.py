@@ -653,13 +653,14 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     # ---- networks and optimisers
-    if args.resume or args.init:  # a run that goes on needs no longer what it began with
-        vae = SemanticVAE.from_pretrained(args.out if args.resume else args.init).train()
+    source = args.out if args.resume else args.init  # a run that goes on needs no longer what it began with
+    if source:
+        vae = SemanticVAE.from_pretrained(source).train()
         if args.latent_dim and args.latent_dim != vae.config.latent_dim:
-            raise InputError(f"{args.init} has latents of {vae.config.latent_dim} dimensions, not {args.latent_dim}: drop --latent-dim")
+            raise InputError(f"{source} has latents of {vae.config.latent_dim} dimensions, not {args.latent_dim}: drop --latent-dim")
         found, expected = (vae.config.ssl_layers * vae.config.ssl_dim, vae.config.align), (ssl["dim"], args.align) if with_ssl else None
         if with_ssl and found != expected:
-            raise InputError(f"{args.init} was aligned {found[1]} with features of width {found[0]}, {ssl['model']} gives width {ssl['dim']} and --align is {args.align}")
+            raise InputError(f"{source} was aligned {found[1]} with features of width {found[0]}, {ssl['model']} gives width {ssl['dim']} and --align is {args.align}")
     else:
         settings = PRESETS[args.preset]["vae"] | dict(sample_rate=data.rate, ssl_dim=ssl["dim"] // layers if with_ssl else 0, ssl_layers=layers, align=args.align, mel=args.mel)
         vae = SemanticVAE(VAEConfig(**settings | ({"latent_dim": args.latent_dim} if args.latent_dim else {})))
@@ -671,7 +672,7 @@ def main(argv=None):
         raise InputError(f"the VAE works at {vae.config.sample_rate} Hz, {args.data} holds {data.rate} Hz")
     vae.to(device)
     crops = Crops(data, vae.config, args.crop, args.seed, ssl, args.ssl_context if teacher else None)
-    if args.unit_latents and not args.init and not args.mel:
+    if args.unit_latents and not source and not args.mel:
         unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
     discriminators, mel = Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
     early = 0 if args.mel else args.encoder_steps
