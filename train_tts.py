@@ -240,6 +240,8 @@ def main(argv=None):
     rank, world, device = start_ranks()
     held, stop = lock(args.out) if rank == 0 else None, Stop()
     dit = DiT.from_pretrained(args.init).train() if args.init else None
+    if dit and dit.config.vocabulary:
+        raise InputError(f"--init {args.init} has a vocabulary, like F5-TTS's: only models of bytes are trained here")
     place = dit.config.text_place if dit else args.text_place or PRESETS[args.preset]["dit"].get("text_place", "left")
     if args.text_place not in (None, place):
         raise InputError(f"{args.init} has its text placed {place}, not {args.text_place}: drop --text-place")
