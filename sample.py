@@ -264,7 +264,7 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tts", default=str(DEMO / "tts"), help="run folder of train_tts.py, or hub id (default: the demo's)")
-    parser.add_argument("--vae", help="folder or hub id of its VAE (default: where the TTS run says)")
+    parser.add_argument("--vae", help="folder or hub id of its VAE (default: where the TTS run says; F5-TTS's: Vocos)")
     parser.add_argument("--ref", type=Path, help="recording of the voice (default: the demo's)")
     parser.add_argument("--ref-text", help="what the recording says (default: transcribed with --asr)")
     parser.add_argument("--text", help="what to say (default without --ref: a demo sentence)")
