@@ -136,7 +136,7 @@ class Pretrained(nn.Module):
             if hasattr(cls, reader) and (folder / file).exists():
                 return getattr(cls, reader)(folder)
         if not (folder / "config.json").exists():
-            raise InputError(f"{folder} holds no config.json (expected a folder written by train_vae.py or train_tts.py)")
+            raise InputError(f"{folder} holds no config.json (train_vae.py's, train_tts.py's) or vocab.txt (F5-TTS's)")
         saved = read_json(folder / "config.json")
         if saved.get("model") != cls.__name__:
             raise InputError(f"{folder} holds a {saved.get('model')}, expected a {cls.__name__}")
@@ -835,8 +835,8 @@ class DiT(Pretrained):
         if config.text_place not in ("left", "even", "aligned"):
             raise InputError(f"text_place is {config.text_place!r}, expected left, even or aligned")
         if (lines := config.vocabulary.split("\n")) != [""] and (len(lines), lines[0]) != (config.text_symbols, " "):
-            raise InputError(f"its vocabulary has {len(lines)} lines, the first {lines[0]!r}, its embedding expects "
-                             f"{config.text_symbols}, the first a space: use the vocab.txt it learnt")  # fmt: skip
+            raise InputError(f"its vocabulary has {len(lines)} lines, the first {lines[0]!r}, expected "
+                             f"{config.text_symbols}, the first ' ': take the vocab.txt of its training")  # fmt: skip
         self.durations = DurationPredictor(config.text_symbols) if config.text_place == "aligned" else None
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))  # of the VAE's latents, over the training split
         self.register_buffer("latent_std", torch.ones(config.latent_dim))
@@ -850,9 +850,9 @@ class DiT(Pretrained):
     def from_f5(cls, folder: Path):
         """F5-TTS's averaged weights, every key accounted for by name and shape; sizes are read off the shapes."""
         if "F5TTS_Base" in folder.resolve().name:  # the weights' names and shapes do not tell
-            raise InputError(f"{folder} is an older base (positions in one head, padding unmasked): use F5TTS_v1_Base")
+            raise InputError(f"{folder} is an old base (one head rotary, text padding not masked): use F5TTS_v1_Base")
         if len(paths := [*folder.glob("model_*.safetensors")] or [*folder.glob("model_*.pt")]) != 1:
-            raise InputError(f"{folder} holds {len(paths)} files model_*.safetensors or .pt, expected one: move others")
+            raise InputError(f"{folder} holds {len(paths)} model_*.safetensors (or .pt), expected one: move the rest")
         tensors = load_torch(paths[0])
         try:
             tensors = tensors.get("ema_model_state_dict", tensors)  # of a whole training state; "_orig_mod.": compiled
@@ -1030,7 +1030,7 @@ def local_folder(name: str | Path) -> Path:
         where = snapshot_download(repository, allow_patterns=[f"{subfolder}/**"] if subfolder else None)
         os.listdir(Path(where) / subfolder)  # it may hold no such folder, or none that was downloaded before
     except Exception as e:  # the hub's own errors are many; each means that the name led nowhere
-        raise InputError(f"no folder {name}, and {repository} of the hub: {(str(e) or repr(e)).splitlines()[0]}") from e
+        raise InputError(f"no folder {name} here, none from the hub: {(str(e) or repr(e)).splitlines()[0]}") from e
     return Path(where) / subfolder
 
 

@@ -35,8 +35,9 @@ def write_f5(folder, prefix="ema_model.transformer.", vocabulary=CASE["vocabular
     folder.mkdir(parents=True)
     weights = {k: reference.fill(CASE["weights"] + k, shape) for k, shape in CASE["state_dict"].items()}
     weights = {prefix + k: v for k, v in (weights | changes).items() if v is not None}
-    besides = {"initted": torch.tensor(True), "step": torch.tensor(1250000), prefix + "rotary_embed.inv_freq": torch.ones(32)}
-    save_file(weights | besides, folder / "model_1250000.safetensors")
+    weights |= {"initted": torch.tensor(True), "step": torch.tensor(1250000)}
+    weights[prefix + "rotary_embed.inv_freq"] = torch.ones(32)
+    save_file(weights, folder / "model_1250000.safetensors")
     (folder / "vocab.txt").write_text("".join(f"{symbol}\n" for symbol in vocabulary), encoding="utf-8")
     return folder
 
@@ -45,7 +46,8 @@ def write_vocos(folder):
     folder.mkdir(parents=True)
     vocos = CASE["vocos"]
     weights = {k: reference.fill(vocos["weights"] + k, shape) for k, shape in vocos["state_dict"].items()}
-    weights |= {"head.istft.window": torch.hann_window(1024), "feature_extractor.mel_spec.spectrogram.window": torch.hann_window(1024)}
+    for name in ("head.istft.window", "feature_extractor.mel_spec.spectrogram.window"):
+        weights[name] = torch.hann_window(1024)
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "config.yaml").write_text(yaml.safe_dump(vocos["config"]), encoding="utf-8")
     return folder
@@ -104,9 +106,10 @@ def test_f5_samples_what_f5_tts_samples(f5, tmp_path, i):
     given, noise = CASE["prompt_frames"], signal(CASE["noise"][i])
     frames = noise.shape[1]
     prompt = torch.nn.functional.pad(EXPECTED["mel"].mT[:, :given], (0, 0, 0, frames - given))
+    lengths = torch.tensor([given]), text, torch.tensor([frames])
     dit.save_pretrained(tmp_path / "again")
     for model in (dit, DiT.from_pretrained(tmp_path / "again")):
-        out = sample.sample(model, noise, prompt, torch.tensor([given]), text, torch.tensor([frames]), CASE["steps"], CASE["cfg"], CASE["sway"])
+        out = sample.sample(model, noise, prompt, *lengths, CASE["steps"], CASE["cfg"], CASE["sway"])
         close(out, EXPECTED[f"sample_{i}"], f"sample_{i}")
 
 
@@ -126,7 +129,7 @@ def test_vocos_decodes_what_logmel_makes(f5, vocos):
 
 
 def test_checkpoints_of_trainings_are_read(f5, tmp_path):
-    """Compiled, with another vocabulary, or as a whole training state; with what an older trainer stored of its mel-spectrogram."""
+    """Compiled, with another vocabulary, or as a whole training state, its mel-spectrogram's window included."""
     whole = DiT.from_pretrained(f5).state_dict()
     found = DiT.from_pretrained(write_f5(tmp_path / "compiled", "ema_model._orig_mod.transformer.")).state_dict()
     assert found.keys() == whole.keys() and all(torch.equal(v, whole[k]) for k, v in found.items())
@@ -134,7 +137,8 @@ def test_checkpoints_of_trainings_are_read(f5, tmp_path):
     weights = {"text_embed.text_embed.weight": torch.ones(6, 32)}
     other = DiT.from_pretrained(write_f5(tmp_path / "other", vocabulary=vocabulary, **weights)).config
     assert other.text_symbols == 5 and to_symbols("aßz", other.vocabulary).tolist() == [1, 4, 0]
-    state = load_file(write_f5(tmp_path / "state") / "model_1250000.safetensors") | {"ema_model.mel_spec.mel_stft.window": torch.ones(1)}
+    state = load_file(write_f5(tmp_path / "state") / "model_1250000.safetensors")
+    state["ema_model.mel_spec.mel_stft.spectrogram.window"] = torch.ones(1)
     torch.save(dict(ema_model_state_dict=state, update=7), tmp_path / "state" / "model_last.pt")
     (tmp_path / "state" / "model_1250000.safetensors").unlink()
     assert torch.equal(DiT.from_pretrained(tmp_path / "state").proj_out.bias, whole["proj_out.bias"])
@@ -146,16 +150,17 @@ def test_what_is_not_f5s_is_refused(tmp_path, fails):
         DiT.from_pretrained(argv[0])
 
     lines = CASE["vocabulary"]
-    fails(read, [write_f5(tmp_path / "F5TTS_Base")], "older base", "positions in one head", "use F5TTS_v1_Base")
-    fails(read, [write_f5(tmp_path / "short", vocabulary=lines[:-1])], "has 45 lines", "expects 46", "vocab.txt")
-    fails(read, [write_f5(tmp_path / "shifted", vocabulary=[lines[-1], *lines[:-1]])], "the first 'ma'", "a space")
+    fails(read, [write_f5(tmp_path / "F5TTS_Base")], "one head rotary", "text padding not masked", "use F5TTS_v1_Base")
+    fails(read, [write_f5(tmp_path / "short", vocabulary=lines[:-1])], "has 45 lines", "expected 46", "vocab.txt")
+    shifted = [lines[-1], *lines[:-1]]
+    fails(read, [write_f5(tmp_path / "shifted", vocabulary=shifted)], "the first 'ma'", "the first ' '")
     fails(read, [write_f5(tmp_path / "lacks", **{"proj_out.bias": None})], "lacks proj_out.bias")
     fails(read, [write_f5(tmp_path / "more", **{"long_skip.weight": torch.ones(2)})], "has unknown long_skip.weight")
-    fails(read, [write_f5(tmp_path / "shape", **{"proj_out.bias": torch.ones(80)})], "proj_out.bias: found [80], expected [100]")
-    fails(read, [write_f5(tmp_path / "none", **{"text_embed.text_embed.weight": None})], "does not hold what F5-TTS publishes")
+    fails(read, [write_f5(tmp_path / "shape", **{"proj_out.bias": torch.ones(80)})], "found [80], expected [100]")
+    fails(read, [write_f5(tmp_path / "none", **{"text_embed.text_embed.weight": None})], "what F5-TTS publishes")
     two = write_f5(tmp_path / "two")
     (two / "model_2.safetensors").write_bytes((two / "model_1250000.safetensors").read_bytes())
-    fails(read, [two], "holds 2 files", "expected one")
+    fails(read, [two], "holds 2 model_*.safetensors", "expected one")
     for value in ([1], {"ema_model_state_dict": 3}, {"text_embed.text_embed.weight": 3}):
         for path in two.glob("model_*"):
             path.unlink()
@@ -180,28 +185,39 @@ def test_english_needs_characters_alone_and_chinese_two_packages(f5, monkeypatch
 @torch.no_grad()
 def test_prompts_are_prepared_as_f5_tts_does(f5):
     """Raised to an RMS of 0.1 and lowered again; the length follows the bytes, never fewer frames than symbols."""
-    dit, vae = DiT.from_pretrained(f5), SemanticVAE(dataclasses.replace(F5_MEL, decoder_dim=64, resblock_kernels=(3,))).eval()
+    dit = DiT.from_pretrained(f5)
+    vae = SemanticVAE(dataclasses.replace(F5_MEL, decoder_dim=64, resblock_kernels=(3,))).eval()
     torch.nn.init.normal_(vae.decoder.conv_post.parametrizations.weight.original0)
     wave = np.random.default_rng(0).standard_normal(6000, np.float32)
-    said = {rms: synthesize(dit, vae, [Request(rms * wave / np.sqrt(np.mean(wave**2)), "did he see.", "the bird is old")], steps=2)[0] for rms in (0.02, 0.1, 0.3)}
-    assert np.abs(said[0.02] - said[0.1] / 5).max() < 1e-3 * np.abs(said[0.1]).max() and len(said[0.1]) == 256 * int(24 / 12 * 15)
-    assert np.abs(said[0.3] - said[0.1]).max() > 1e-2 * np.abs(said[0.1]).max()  # louder ones are left as they are
+    wave /= np.sqrt(np.mean(wave**2))
+
+    def said(rms):
+        return synthesize(dit, vae, [Request(rms * wave, "did he see.", "the bird is old")], steps=2)[0]
+
+    soft, usual, loud = said(0.02), said(0.1), said(0.3)
+    size = np.abs(usual).max()
+    assert np.abs(soft - usual / 5).max() < 1e-3 * size and len(usual) == 256 * int(24 / 12 * 15)
+    assert np.abs(loud - usual).max() > 1e-2 * size  # louder ones are left as they are
     assert sample.plan(dit, 2, Request(wave, "it", "“is”"))[0] == 3 + 4 + 1
 
 
-def test_f5_speaks_through_vocos(f5, vocos, voice, tmp_path, capsys, fails):
+def test_f5_speaks_through_vocos(f5, vocos, voice, tmp_path, capsys, monkeypatch, fails):
     run = lambda *more: ["--tts", f5, "--vae", vocos, "--ref", voice, "--out", tmp_path / "said.wav", *WORDS, *more]
     asked = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "synthesize", lambda dit, vae, requests, *rest: asked.extend(requests) or synthesize(dit, vae, requests, *rest))
-        sample.main([str(a) for a in run()])
+
+    def listening(dit, vae, requests, *rest):
+        asked.extend(requests)
+        return synthesize(dit, vae, requests, *rest)
+
+    monkeypatch.setattr(sample, "synthesize", listening)
+    sample.main([str(a) for a in run()])
     wave, rate = sf.read(tmp_path / "said.wav")
     assert rate == 24000 and len(wave) % 256 == 0 and "guidance 2" in capsys.readouterr().out
     assert asked[0].prompt_text == "Some call me nature."  # and ends in ". " before the text
     sf.write(tmp_path / "long.wav", tone(12.5, 0), RATE)
     fails(sample.main, run("--ref", tmp_path / "long.wav"), "the prompt is 12.5 s, limit 12.0 s")
     fails(sample.main, run("--ref-text", " "), "transcript of the prompt is empty")
-    fails(sample.main, run("--vae", sample.DEMO / "vae"), "was trained on the latents of VAE", "name the right one with --vae")
+    fails(sample.main, run("--vae", sample.DEMO / "vae"), "was trained on the latents of VAE", "name the right one")
 
 
 def test_what_is_not_vocos_is_refused(vocos, tmp_path, fails):
@@ -211,7 +227,12 @@ def test_what_is_not_vocos_is_refused(vocos, tmp_path, fails):
     settings = CASE["vocos"]["config"]
     frames = settings["feature_extractor"]["init_args"] | dict(n_mels=80)
     head = settings["head"] | dict(init_args=settings["head"]["init_args"] | dict(dim=16))
-    for change, word in ((dict(feature_extractor=dict(init_args=frames)), "'n_mels': 80"), (dict(head=head), "head.out.weight"), (dict(head={}), "init_args")):
+    feature = dict(init_args=frames)
+    for change, word in (
+        (dict(feature_extractor=feature), "'n_mels': 80"),
+        (dict(head=head), "head.out.weight"),
+        (dict(head={}), "init_args"),
+    ):
         folder = write_vocos(tmp_path / word.strip("'").split("'")[0])
         (folder / "config.yaml").write_text(yaml.safe_dump(settings | change))
         fails(read, [folder], word)
@@ -227,7 +248,8 @@ def test_without_vocos_one_line_says_so(tmp_path, monkeypatch, fails):
 
 def test_without_a_network_one_line_says_what_was_not_reached(f5, voice, fails):
     run = lambda *more: ["--ref", voice, *WORDS, *more]
-    fails(sample.main, run("--tts", "SWivid/F5-TTS/F5TTS_v1_Base"), "no folder SWivid/F5-TTS/F5TTS_v1_Base", "SWivid/F5-TTS of the hub")
+    name = "SWivid/F5-TTS/F5TTS_v1_Base"
+    fails(sample.main, run("--tts", name), f"no folder {name} here, none from the hub")
     fails(sample.main, run("--tts", f5), "no folder charactr/vocos-mel-24khz")  # its vocoder, found by default
 
 
@@ -236,7 +258,8 @@ def test_without_a_network_one_line_says_what_was_not_reached(f5, voice, fails):
 
 def test_a_releases_discriminators_are_trained_on(world, tmp_path, monkeypatch, fails):
     weights = write_hub(tmp_path, monkeypatch)
-    args = ["--data", world.data, "--init", "zkniu/Semantic-VAE/semantic_vae", *VAE_FLAGS, "--adv-start", "9"]  # they are not stepped
+    args = ["--data", world.data, "--init", "zkniu/Semantic-VAE/semantic_vae", *VAE_FLAGS]
+    args += ["--adv-start", "9"]  # they are not stepped
     train_vae.main([str(a) for a in [*args, "--out", tmp_path / "run"]])
     found = load_torch(tmp_path / "run" / "state.pt")["discriminators"]
     assert weights.keys() == found.keys() and all(torch.equal(v, found[k]) for k, v in weights.items())
@@ -258,4 +281,5 @@ def test_what_others_published_is_not_trained_on_bytes(world, f5, tmp_path, fail
 
 
 def test_vocos_is_not_trained(world, vocos, tmp_path, fails):
-    fails(train_vae.main, ["--data", world.data, "--init", vocos, "--out", tmp_path / "vae", *VAE_FLAGS], "is Vocos", "f5-mel")
+    args = ["--data", world.data, "--init", vocos, "--out", tmp_path / "vae", *VAE_FLAGS]
+    fails(train_vae.main, args, "is Vocos", "f5-mel")

@@ -434,8 +434,8 @@ def test_every_readme_link_leads_somewhere():
 def test_every_readme_command_runs(world, tmp_path, monkeypatch):
     """Each command of the README, in order, in one folder, with tiny settings: the demo's and the paper's recipe alike.
 
-    Replaced are only sizes (added flags), models that would be downloaded, and the corpora, whose layouts are made up. Without the
-    package vocos, the commands of F5-TTS's checkpoint are left out."""
+    Replaced are only sizes (added flags), models that would be downloaded, and the corpora, whose layouts are made up.
+    Without the package vocos, the commands of F5-TTS's checkpoint are left out."""
     monkeypatch.chdir(tmp_path)
     for i in range(5):
         folder = tmp_path / "downloads" / "LibriTTS" / "train-clean-100" / "19" / "198"
@@ -469,7 +469,8 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
         words = shlex.split(command)
         script = next((w for w in words if w in mains), None)
         if script is None:
-            assert command in ("pip install -r requirements.txt", "pip install vocos", "python -m pytest -q tests"), command
+            installs = ("pip install -r requirements.txt", "pip install vocos")
+            assert command in (*installs, "python -m pytest -q tests"), command
             continue
         if "-f5" in command or "F5-TTS" in command:
             f5_tts.append(command)
@@ -479,7 +480,7 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
         mains[script](args if "--resume" in args else [*args, *tiny[script]])
         done.append(script)
     assert set(done) == set(mains) and len(done) >= 10
-    rows = ["librispeech-pc", "librispeech-pc-vanilla", "librispeech-pc-mel"]  # every row of the paper's table, from data to scores
+    rows = ["librispeech-pc", "librispeech-pc-vanilla", "librispeech-pc-mel"]  # the paper's table, from data to scores
     assert len(f5_tts) == 3  # speaks; says the list; is scored
     if importlib.util.find_spec("vocos"):
         assert sf.info(tmp_path / "real.wav").samplerate == 24000
