@@ -81,8 +81,7 @@ def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> 
     frames = int(durations[len(prompt) :].sum() / speed + 1e-6)
     if request.seconds:
         frames = round(request.seconds * dit.config.sample_rate / dit.config.hop)
-    symbols = len(to_symbols(f"{request.prompt_text} {request.text}", dit.config.vocabulary))
-    total = max(prompt_frames + frames, prompt_frames + 1, symbols + 1)
+    total = max(prompt_frames + frames, prompt_frames + 1, len(text) + 1)
     durations[len(prompt) :] *= (total - prompt_frames) / durations[len(prompt) :].sum()
     return total, (durations.cumsum(0) - durations).float()
 
@@ -114,7 +113,7 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
     prompts = [dit.standardize(vae.encode(wave)[0])[0] for wave in heard]  # each [P, D]
     texts = [to_symbols(f"{r.prompt_text} {r.text}", config.vocabulary) for r in requests]
     plans = [plan(dit, len(p), r, speed) for p, r in zip(prompts, requests)]
-    totals = [total for total, _ in plans]
+    totals = [max(total, len(text) + 1) for (total, _), text in zip(plans, texts)]  # symbols may be more than bytes
     waves = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: totals[i])
     for batch in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
@@ -201,7 +200,8 @@ def say(args, dit, vae, device) -> None:
     ref_text = normalize_text(args.ref_text or asr(wave, rate), dit.config.text)
     if not args.ref_text:
         print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
-    ref_text += "." * (dit.config.vocabulary > "" and ref_text[-1:] not in ".。")  # as F5-TTS's prompts end
+    if dit.config.vocabulary and ref_text[-1:] not in ".。":  # F5-TTS's prompts end so; an empty one is refused below
+        ref_text += "."
     wave, notes = check_prompt(wave, ref_text, rate, limit / 2)
     for note in notes:
         print(f"prompt: {note}")
