@@ -18,6 +18,7 @@ Parameters carry the names of the authors' release (VAE) and of F5-TTS (DiT), so
 
 import contextlib
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchaudio
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -76,6 +78,7 @@ class DiTConfig:
     heads: int = 12
     ff_mult: int = 2
     text_symbols: int = 256  # UTF-8 bytes
+    vocabulary: str = ""  # or else these symbols, one a line (F5-TTS's vocab.txt): see sample.to_symbols
     text_dim: int = 512
     text_layers: int = 4
     text_place: str = "left"  # where the text stands among the frames: left, even or aligned (see text_index)
@@ -110,10 +113,13 @@ PRESETS = {
         train_vae=dict(mel=True, latent_dim=100), dit={}, train_tts={},
     ),  # fmt: skip
 }
+F5_MEL = VAEConfig(sample_rate=24000, latent_dim=100, ssl_dim=0, mel=True, **PRESETS["f5-mel"]["vae"])
 
 
 class Pretrained(nn.Module):
     """A network that a folder with model.safetensors and config.json rebuilds. How files are read and written stands at the end."""
+
+    READERS = {"metainfo.json": "from_authors", "config.yaml": "from_vocos", "vocab.txt": "from_f5"}  # others' files
 
     def save_pretrained(self, folder: str | Path, dtype=torch.float32, **notes) -> None:
         """Write model.safetensors and, beside it, config.json with the class, its config and any further notes."""
@@ -126,15 +132,15 @@ class Pretrained(nn.Module):
     def from_pretrained(cls, name: str | Path):
         """The network in a folder (or hub id), in eval mode on the CPU. Raises InputError if anything does not fit."""
         folder = local_folder(name)
+        for file, reader in cls.READERS.items():
+            if hasattr(cls, reader) and (folder / file).exists():
+                return getattr(cls, reader)(folder)
         if not (folder / "config.json").exists():
-            raise InputError(f"{folder} holds no config.json (expected a folder written by train_vae.py or train_tts.py)")
+            raise InputError(f"{folder} holds no config.json (train_vae.py's, train_tts.py's) or vocab.txt (F5-TTS's)")
         saved = read_json(folder / "config.json")
         if saved.get("model") != cls.__name__:
             raise InputError(f"{folder} holds a {saved.get('model')}, expected a {cls.__name__}")
-        try:
-            tensors = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError, ValueError) as e:
-            raise InputError(f"cannot read {folder / 'model.safetensors'}: {e}; train again or copy the file anew") from e
+        tensors = load_torch(folder / "model.safetensors")
         config = read_config(cls.__init__.__annotations__["config"], saved.get("config"), folder / "config.json", len(tensors))
         return rebuild(cls, config, tensors, folder)
 
@@ -399,6 +405,20 @@ class Decoder(nn.Module):
             return self.conv_post(self.activation_post(x.float())).clamp(-1, 1)  # [B, 1, T]
 
 
+class Vocos(nn.Module):
+    """The vocoder of the library of that name (arXiv 2306.00814), with the settings of its config.yaml."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        vocos = importlib.import_module("vocos")
+        self.backbone = vocos.models.VocosBackbone(**config["backbone"]["init_args"])
+        self.head = vocos.heads.ISTFTHead(**config["head"]["init_args"])
+
+    def forward(self, mel):  # [B, bands, N]
+        mel = F.pad(mel, (0, 1), mode="replicate")  # N hops have N + 1 ends, and Vocos has a frame at each
+        return self.head(self.backbone(mel))[:, None]  # [B, 1, N · hop]
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Stage 1: the alignment.
 
@@ -539,12 +559,6 @@ class SemanticVAE(Pretrained):
         return self.content_hash(without=self.BEHIND_LATENTS)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path):
-        """Also reads the authors' release: a folder with metainfo.json and dac/."""
-        folder = local_folder(name)
-        return cls.from_authors(folder) if (folder / "metainfo.json").exists() else super().from_pretrained(folder)
-
-    @classmethod
     def from_authors(cls, folder: Path):
         """The authors' weights, every key accounted for by name and shape; sizes are read off the shapes."""
         path = folder / "dac" / "ema_state_dict.pth"
@@ -563,6 +577,24 @@ class SemanticVAE(Pretrained):
             return rebuild(cls, config, tensors, path)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
             raise InputError(f"{path} is not the authors' release: {type(e).__name__} {e}") from e
+
+    @classmethod
+    def from_vocos(cls, folder: Path):
+        """F5-TTS's frames, and Vocos as it is published for their decoder: used, not trained."""
+        package("vocos", "to decode F5-TTS's frames")
+        tensors = load_torch(folder / "pytorch_model.bin")
+        try:
+            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            frames = config["feature_extractor"]["init_args"]
+            if frames != dict(sample_rate=24000, n_fft=1024, hop_length=256, n_mels=100, padding="center"):
+                raise InputError(f"{folder} decodes {frames}, not F5-TTS's frames: expected charactr/vocos-mel-24khz")
+            with torch.device("meta"):  # the decoder that is replaced; nothing else has weights
+                vae = cls(F5_MEL)
+            tensors = {k: v for k, v in tensors.items() if not k.startswith("feature_extractor.")}  # LogMel's part
+            vae.decoder = rebuild(Vocos, config, tensors, folder)
+            return vae.eval()
+        except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as e:
+            raise InputError(f"{folder} does not hold Vocos: {' '.join(repr(e).split())}") from e
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -804,6 +836,9 @@ class DiT(Pretrained):
         self.proj_out = nn.Linear(config.width, config.latent_dim)
         if config.text_place not in ("left", "even", "aligned"):
             raise InputError(f"text_place is {config.text_place!r}, expected left, even or aligned")
+        if (lines := config.vocabulary.split("\n")) != [""] and (len(lines), lines[0]) != (config.text_symbols, " "):
+            raise InputError(f"its vocabulary has {len(lines)} lines, the first {lines[0]!r}, expected "
+                             f"{config.text_symbols}, the first ' ': take the vocab.txt of its training")  # fmt: skip
         self.durations = DurationPredictor(config.text_symbols) if config.text_place == "aligned" else None
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))  # of the VAE's latents, over the training split
         self.register_buffer("latent_std", torch.ones(config.latent_dim))
@@ -812,6 +847,35 @@ class DiT(Pretrained):
         for linear in [self.norm_out.linear, self.proj_out] + [b.attn_norm.linear for b in self.transformer_blocks]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    @classmethod
+    def from_f5(cls, folder: Path):
+        """F5-TTS's averaged weights, every key accounted for by name and shape; sizes are read off the shapes."""
+        if "F5TTS_Base" in folder.resolve().name:  # the weights' names and shapes do not tell
+            raise InputError(f"{folder} is an old base (one head rotary, text padding not masked): use F5TTS_v1_Base")
+        if len(paths := [*folder.glob("model_*.safetensors")] or [*folder.glob("model_*.pt")]) != 1:
+            raise InputError(f"{folder} holds {len(paths)} model_*.safetensors (or .pt), expected one: move the rest")
+        tensors = load_torch(paths[0])
+        try:
+            tensors = tensors.get("ema_model_state_dict", tensors)  # of a whole training state; "_orig_mod.": compiled
+            tensors = {k.replace("_orig_mod.", "").removeprefix("ema_model."): v for k, v in tensors.items()}
+            for name in ("initted", "step", "update", "transformer.rotary_embed.inv_freq"):  # counters; what we compute
+                tensors.pop(name, None)
+            tensors = {k.removeprefix("transformer."): v for k, v in tensors.items() if not k.startswith("mel_spec.")}
+            rows, text_dim = tensors["text_embed.text_embed.weight"].shape
+            width = len(tensors["norm_out.linear.bias"]) // 2
+            with torch.device("meta"):  # the frames' name depends on no weights
+                vae_hash = SemanticVAE(F5_MEL).latents_hash()
+            config = DiTConfig(
+                latent_dim=100, sample_rate=24000, hop=256, max_seconds=24.0, vae_hash=vae_hash,  # half is the prompt's
+                width=width, heads=width // 64, depth=sum(k.endswith(".attn.to_q.bias") for k in tensors),
+                ff_mult=len(tensors["transformer_blocks.0.ff.ff.0.0.bias"]) // width, text_dim=text_dim,
+                text_symbols=rows - 1, vocabulary=(folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n"),
+                text_layers=sum(k.endswith(".dwconv.bias") for k in tensors))  # fmt: skip
+            tensors |= dict(latent_mean=torch.zeros(100), latent_std=torch.ones(100))  # its frames are used as they are
+            return rebuild(cls, config, tensors, folder)
+        except (ArithmeticError, AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as e:
+            raise InputError(f"{folder} does not hold what F5-TTS publishes: {type(e).__name__} {e}") from e
 
     def standardize(self, z):
         """The VAE's latents [..., D] → zero mean, unit variance a channel: of the noise's size, and every channel of the same weight in the loss."""
@@ -937,13 +1001,21 @@ def read_json(path: Path) -> dict:
 
 
 def load_torch(path: Path) -> dict:
-    """What torch.save wrote: plain tensors and numbers, never code. A missing, damaged or unsafe file is an InputError."""
+    """What torch.save or safetensors wrote: tensors and numbers by name, never code. Anything else is an InputError."""
     try:
         if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
             raise ValueError("its entries are compressed, which torch.save never does")  # a small file could unfold to any size
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return (load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)) | {}
     except Exception as e:  # torch raises many kinds
-        raise InputError(f"cannot read {path}: {(str(e) or repr(e)).splitlines()[0]}") from e
+        raise InputError(f"cannot read {path}: {(str(e) or repr(e)).splitlines()[0]}; copy the file anew") from e
+
+
+def package(name: str, purpose: str):
+    """A library that only some need, imported where it is used. Its absence is an InputError."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise InputError(f"{name} is needed {purpose}, and cannot be imported ({e}): run pip install {name}") from e
 
 
 HERE = (".", "/", "data/", "demo/", "downloads/", "runs/")  # how paths of ours begin, for which the hub is never asked
@@ -961,8 +1033,9 @@ def local_folder(name: str | Path) -> Path:
     repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         where = snapshot_download(repository, allow_patterns=[f"{subfolder}/**"] if subfolder else None)
+        os.listdir(Path(where) / subfolder)  # it may hold no such folder, or none that was downloaded before
     except Exception as e:  # the hub's own errors are many; each means that the name led nowhere
-        raise InputError(f"no folder {name}, and the hub has no {repository} that can be reached: {str(e).splitlines()[0]}") from e
+        raise InputError(f"no folder {name} here, none from the hub: {(str(e) or repr(e)).splitlines()[0]}") from e
     return Path(where) / subfolder
 
 
@@ -990,7 +1063,7 @@ def rebuild(kind, config, tensors: dict[str, torch.Tensor], source) -> nn.Module
             module = kind(config)
     except (ArithmeticError, IndexError, InputError, RuntimeError, TypeError, ValueError) as e:
         raise InputError(f"{source} does not describe a {kind.__name__}: {e}") from e
-    own, found = ({k: list(v.shape) for k, v in weights.items()} for weights in (module.state_dict(), tensors))
+    own, found = ({k: list(getattr(v, "shape", "")) for k, v in d.items()} for d in (module.state_dict(), tensors))
     wrong = [f"lacks {k}" for k in own if k not in found] + [f"has unknown {k}" for k in found if k not in own]
     wrong += [f"has other shapes: {k}: found {found[k]}, expected {own[k]}" for k in own if k in found and found[k] != own[k]]
     if wrong:

@@ -682,6 +682,7 @@ def revision(name: str | Path, config=None) -> str:
     if not path.exists():
         return config._commit_hash
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+    files = files or sorted(path.glob("*.pt"))  # a fine-tune of F5-TTS
     return "sha256:" + hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
 
 

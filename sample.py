@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm, trange
 
 from evaluate import UNSPACED, Recognizer, error_rates, find_audio, read_list
-from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, read_json, sample, write_json
+from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, package, read_json, sample, write_json
 from prepare import (DEMO, FORMATS, SILENCE, at_least, barrier, cli, differences, file_stamp, has_bfloat16, lock, loudness, mended_by, normalize_text,
                      read_audio, refuse_overwriting, revision, says_something, seconds_of, start_ranks, write_wave)  # fmt: skip
 
@@ -42,6 +42,28 @@ class Request:
 def to_bytes(text: str) -> torch.Tensor:
     """UTF-8 bytes as symbols [L]: any language, nothing out of vocabulary."""
     return torch.tensor(list(text.encode("utf-8")), dtype=torch.long)
+
+
+def to_symbols(text: str, vocabulary: str) -> torch.Tensor:
+    """A text as lines of the vocabulary [L], 0 for what it lacks; as bytes where there is none. F5-TTS's symbols are
+    characters, with a space between words that touch, and for each Chinese one a space and its pinyin in that word."""
+    if not vocabulary:
+        return to_bytes(text)
+    symbols = []
+    text = text.translate(str.maketrans(";“”‘’", ",\"\"''"))
+    words = re.findall(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*%?|[+#&._%-]+|.", text, re.S)  # as rjieba cuts English
+    chinese = re.compile("[\u3100-\u9fff]+")
+    if chinese.search(text):
+        words = package("rjieba", "to find Chinese words").cut(text)
+        pinyin = package("pypinyin", "to read Chinese")
+    for word in words:
+        if word.isascii() and len(word) > 1 and symbols and symbols[-1] not in " :'\"":
+            symbols.append(" ")
+        for part in [word] if chinese.fullmatch(word) else word:
+            sounds = pinyin.lazy_pinyin(part, pinyin.Style.TONE3, tone_sandhi=True) if chinese.match(part) else []
+            symbols += [symbol for sound in sounds for symbol in (" ", sound)] or [part]
+    places = {symbol: i for i, symbol in enumerate(vocabulary.split("\n"))}
+    return torch.tensor([places.get(symbol, 0) for symbol in symbols])
 
 
 @torch.no_grad()
@@ -71,8 +93,8 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     """The DiT, the VAE whose latents it speaks in (refused if its hash is another's), and the DiT's config.json."""
     folder = local_folder(tts)
     dit = DiT.from_pretrained(folder).to(device)
-    notes = read_json(folder / "config.json")
-    vae = vae or notes.get("vae")
+    notes = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    vae = vae or notes.get("vae", "charactr/vocos-mel-24khz" if dit.config.vocabulary else None)
     if not vae:
         raise InputError(f"{tts} does not say where its VAE is: name it with --vae")
     vae = folder / vae if (folder / vae).is_dir() else vae
@@ -90,15 +112,18 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
     """float32 audio of each request's text alone, in order. What one gets does not depend on its batch: noise is drawn on
     the CPU from (seed, text), so a seed gives the same clip anywhere. Non-finite or silent output is an InputError."""
     device, config = dit.latent_mean.device, dit.config
-    prompts = [dit.standardize(vae.encode(torch.from_numpy(r.prompt)[None].to(device))[0])[0] for r in requests]  # each [P, D]
+    gains = [max(1, 0.1 / np.square(r.prompt).mean() ** 0.5) if config.vocabulary else 1 for r in requests]  # RMS 0.1
+    heard = [torch.from_numpy(r.prompt * gain)[None].to(device) for r, gain in zip(requests, gains)]
+    prompts = [dit.standardize(vae.encode(wave)[0])[0] for wave in heard]  # each [P, D]
+    texts = [to_symbols(f"{r.prompt_text} {r.text}", config.vocabulary) for r in requests]
     plans = [plan(dit, len(p), r, speed) for p, r in zip(prompts, requests)]
-    totals = [total for total, _ in plans]
+    totals = [max(total, len(text) + 1) for (total, _), text in zip(plans, texts)]  # symbols may be more than bytes
     waves = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: totals[i])
     for batch in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
         draw = lambda i: torch.randn(totals[i], config.latent_dim, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {requests[i].text}".encode())))
         pad = lambda tensors, value=0.0: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
-        noise, text = pad([draw(i) for i in batch]), pad([to_bytes(f"{requests[i].prompt_text} {requests[i].text}") for i in batch], -1)
+        noise, text = pad([draw(i) for i in batch]), pad([texts[i] for i in batch], -1)
         prompt = pad([torch.nn.functional.pad(prompts[i], (0, 0, 0, totals[i] - len(prompts[i]))) for i in batch])
         lengths, prompt_lengths = (torch.tensor(v, device=device) for v in ([totals[i] for i in batch], [len(prompts[i]) for i in batch]))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -110,7 +135,7 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
             wave = wave[(len(prompts[i]) - first) * config.hop :]
             if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
                 raise InputError(f"the model made {'silence' if np.isfinite(wave).all() else 'non-finite audio'} of {requests[i].text!r}: nothing written; try another --seed, or train longer")
-            waves[i] = wave
+            waves[i] = wave / gains[i]
     return waves
 
 
@@ -210,6 +235,8 @@ def say(args, dit, vae, device) -> None:
     ref_text = normalized("the transcript of the prompt", ref_text, dit.config.text)
     if args.ref_text is None:
         print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
+    if dit.config.vocabulary and ref_text[-1:] not in ".。":  # F5-TTS's prompts end so; an empty one is refused below
+        ref_text += "."
     wave, notes = check_prompt(wave, ref_text, rate, limit / 2)
     for note in notes:
         print(f"prompt: {note}")
@@ -294,7 +321,7 @@ def text_in(path: str) -> str:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tts", default=str(DEMO / "tts"), help="run folder of train_tts.py, or hub id (default: the demo's)")
-    parser.add_argument("--vae", help="folder or hub id of its VAE (default: where the TTS run says)")
+    parser.add_argument("--vae", help="folder or hub id of its VAE (default: where the TTS run says; F5-TTS's: Vocos)")
     parser.add_argument("--ref", type=Path, help="recording of the voice (default: the demo's)")
     parser.add_argument("--ref-text", help="what the recording says (default: transcribed with --asr)")
     text = parser.add_mutually_exclusive_group()

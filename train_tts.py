@@ -256,6 +256,8 @@ def main(argv=None):
     held, stop = lock(args.out) if rank == 0 else None, Stop()
     source = args.out if args.resume else args.init  # a run that goes on needs no longer what it began with
     dit = DiT.from_pretrained(source).train() if source else None
+    if dit and dit.config.vocabulary:
+        raise InputError(f"--init {args.init} has a vocabulary, like F5-TTS's: only models of bytes are trained here")
     place = dit.config.text_place if dit else args.text_place or PRESETS[args.preset or "demo"]["dit"].get("text_place", "left")
     if args.text_place not in (None, place):
         raise InputError(f"{source} has its text placed {place}, not {args.text_place}: drop --text-place")

@@ -38,8 +38,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from model import (PRESETS, InputError, LogMel, SemanticVAE, VAEConfig, alignment_loss, at_rate, conv_head, kl_loss, load_torch, read_json,
-                   upward_alignment_loss, write_atomic, write_json)  # fmt: skip
+from model import (PRESETS, InputError, LogMel, SemanticVAE, VAEConfig, Vocos, alignment_loss, at_rate, conv_head,
+                   kl_loss, load_torch, local_folder, read_json, rebuild, upward_alignment_loss, write_atomic,
+                   write_json)  # fmt: skip
 from prepare import (Data, SSLModel, at_least, cli, frame_count, in_demo, layer_number, load_teacher, lock, repeat_last,
                      start_ranks, write_wave)  # fmt: skip
 
@@ -656,6 +657,8 @@ def main(argv=None):
     source = args.out if args.resume else args.init  # a run that goes on needs no longer what it began with
     if source:
         vae = SemanticVAE.from_pretrained(source).train()
+        if isinstance(vae.decoder, Vocos):
+            raise InputError(f"--init {source} is Vocos, which is used as it is: for a vocoder, --preset f5-mel")
         if args.latent_dim and args.latent_dim != vae.config.latent_dim:
             raise InputError(f"{source} has latents of {vae.config.latent_dim} dimensions, not {args.latent_dim}: drop --latent-dim")
         found, expected = (vae.config.ssl_layers * vae.config.ssl_dim, vae.config.align), (ssl["dim"], args.align) if with_ssl else None
@@ -674,7 +677,11 @@ def main(argv=None):
     crops = Crops(data, vae.config, args.crop, args.seed, ssl, args.ssl_context if teacher else None)
     if args.unit_latents and not source and not args.mel:
         unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
-    discriminators, mel = Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
+    discriminators, mel = Discriminators(args.disc_width), MelDistance(data.rate).to(device)
+    if args.init and not args.resume and (path := local_folder(args.init) / "discriminator" / "weights.pth").exists():
+        tensors = load_torch(path).get("state_dict", {})
+        discriminators = rebuild(Discriminators, args.disc_width, tensors, f"{path} (--disc-width {args.disc_width})")
+    discriminators.to(device)
     early = 0 if args.mel else args.encoder_steps
     reader = LatentReader(vae.config, ssl["dim"] if with_ssl and args.teacher_weight else 0).to(device)
     if early and with_ssl and args.teacher_weight and not teacher:

@@ -1,6 +1,7 @@
 """sample.py and evaluate.py: the prompt's check, lengths, lists, scores, signature, bad input; and the README's commands."""
 
 import base64
+import importlib.util
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 import torchaudio
 from conftest import RATE, ROOT, TTS_FLAGS, VAE_FLAGS, tone, torchrun
 from test_golden import case
+from test_public import write_hub
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
@@ -444,7 +446,8 @@ def test_every_readme_link_leads_somewhere():
 def test_every_readme_command_runs(world, tmp_path, monkeypatch):
     """Each command of the README, in order, in one folder, with tiny settings: the demo's and the paper's recipe alike.
 
-    Replaced are only sizes (added flags), models that would be downloaded, and the corpora, whose layouts are made up."""
+    Replaced are only sizes (added flags), models that would be downloaded, and the corpora, whose layouts are made up.
+    Without the package vocos, the commands of F5-TTS's checkpoint are left out."""
     monkeypatch.chdir(tmp_path)
     for i in range(5):
         folder = tmp_path / "downloads" / "LibriTTS" / "train-clean-100" / "19" / "198"
@@ -457,6 +460,8 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
     (tmp_path / "librispeech_pc_test_clean_cross_sentence.lst").write_text("".join(
         f"4992-23283-000{a}\t1.4\tOne small bird.\t4992-23283-000{b}\t1.4\tBy the river.\n" for a, b in ((0, 1), (1, 2), (2, 0))), encoding="utf-8")  # fmt: skip
     sf.write(tmp_path / "voice.wav", tone(1.2, 0), RATE)
+    write_hub(tmp_path / "hub", monkeypatch)
+    shutil.copytree(world.corpus, tmp_path / "mine")
     torch.save({"model": case("sim")[3]}, tmp_path / "wavlm_large_finetune.pth")
     monkeypatch.setattr(prepare, "download", lambda subsets, root: [root / "LibriTTS" / s for s in subsets.split(",") if (root / "LibriTTS" / s).exists()])
     for module in (prepare, sample, evaluate, train_tts):  # the demo's corpus, small
@@ -469,20 +474,30 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
               "--preset small": "--preset demo", "facebook/wav2vec2-base-960h": world.ssl}  # fmt: skip
     tiny = {"train_vae.py": VAE_FLAGS, "train_tts.py": TTS_FLAGS, "sample.py": ["--steps", "2"], "prepare.py": [], "evaluate.py": []}
     mains = {"train_vae.py": train_vae.main, "train_tts.py": train_tts.main, "sample.py": sample.main, "prepare.py": prepare.main, "evaluate.py": evaluate.main}
-    done = []
+    done, f5_tts = [], []
     for command in readme_commands():
         for name, stand_in in models.items():
             command = command.replace(name, str(stand_in))
         words = shlex.split(command)
         script = next((w for w in words if w in mains), None)
         if script is None:
-            assert command in ("pip install -r requirements.txt", "python -m pytest -q tests"), command
+            installs = ("pip install -r requirements.txt", "pip install vocos")
+            assert command in (*installs, "python -m pytest -q tests"), command
             continue
+        if "-f5" in command or "F5-TTS" in command:
+            f5_tts.append(command)
+            if not importlib.util.find_spec("vocos"):
+                continue
         args = words[words.index(script) + 1 :]
         mains[script](args if "--resume" in args else [*args, *tiny[script]])
         done.append(script)
     assert set(done) == set(mains) and len(done) >= 10
-    for row in ("librispeech-pc", "librispeech-pc-vanilla", "librispeech-pc-mel"):  # every row of the paper's table, from data to scores
+    rows = ["librispeech-pc", "librispeech-pc-vanilla", "librispeech-pc-mel"]  # the paper's table, from data to scores
+    assert len(f5_tts) == 3  # speaks; says the list; is scored
+    if importlib.util.find_spec("vocos"):
+        assert sf.info(tmp_path / "real.wav").samplerate == 24000
+        rows.append("librispeech-pc-f5")
+    for row in rows:
         assert len((tmp_path / "runs" / f"{row}.csv").read_text().splitlines()) == 1 + 3 * 3
     settings = lambda run: {k: v for k, v in json.loads((tmp_path / "runs" / run / "args.json").read_text()).items() if k != "facts"}
     differing = lambda a, b: {k for k, _ in set(settings(a).items()) ^ set(settings(b).items())}
