@@ -21,7 +21,7 @@ import train_vae
 from model import SemanticVAE
 from prepare import Data, frame_count, normalize_text, read_audio
 
-UNKNOWN = "Format not recognised (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)"
+UNKNOWN = "Format not recognised. (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)"
 ARRAYS = ("index.tsv", "audio.bin", "ssl.bin", "starts.bin", "unaligned.tsv")
 
 
