@@ -39,8 +39,8 @@ from torch import nn
 from tqdm import tqdm
 
 from model import InputError, SemanticVAE, load_torch, read_json, write_atomic
-from prepare import (DEMO, SILENCE, at_least, barrier, cli, file_stamp, from_hub, lock, loudness, read_audio, read_lines, refuse_overwriting,
-                     resample, revision, start_ranks)  # fmt: skip
+from prepare import (DEMO, at_least, barrier, cli, file_stamp, from_hub, lock, loudness, read_audio, read_lines, resample, revision,
+                     start_ranks)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class Line:
     text: str
 
     @property
-    def says(self) -> int:
-        """Changes with what is to be said, and after what."""
+    def says(self) -> int:  # changes with what is to be said, and after what
         return zlib.crc32(repr((self.ref, self.ref_text, self.text)).encode())
 
     @property
@@ -339,14 +338,9 @@ def squim(device):
 def hear(path: Path, rate: int = 16000) -> np.ndarray:
     """A recording [T] that holds something to score."""
     wave = read_audio(path, rate)
-    checks = {
-        "holds non-finite samples": not np.isfinite(wave).all(),
-        f"holds {len(wave) / rate:.3f} s, expected at least 0.32 s": len(wave) < 0.32 * rate,
-        "is silent": loudness(wave, rate)[1] < SILENCE,
-    }
-    for what, found in checks.items():
-        if found:
-            raise InputError(f"{path} {what}: make it again, or take it out of --list")
+    if not np.isfinite(wave).all() or len(wave) < 0.32 * rate or not loudness(wave, rate)[1]:
+        what = "holds non-finite samples" if not np.isfinite(wave).all() else f"holds {len(wave) / rate:.3f} s" if len(wave) < 0.32 * rate else "is silent"
+        raise InputError(f"{path} {what}, expected speech of at least 0.32 s: make it again, or take it out of --list")
     return wave
 
 
@@ -552,9 +546,6 @@ def main(argv=None):
     for run in args.runs if args.report else ():
         if not (run / "log.csv").is_file():
             raise InputError(f"{run} is no run folder (no log.csv): name with --runs what train_vae.py and train_tts.py wrote")
-    page = args.report and args.report / "index.html"
-    if page and page.exists() and not page.read_bytes().startswith(PAGE[:100].encode()):
-        raise InputError(f"{page} is no page of ours: choose another --report")
     rebuild = reconstructor(args.reconstruct, device) if args.reconstruct else None
     systems = [name for name, wanted in (("original", not args.no_original), ("reconstruction", rebuild), ("synthesis", args.generated)) if wanted]
 
@@ -575,9 +566,8 @@ def main(argv=None):
     other = [line.wav for line in lines if made.get("said", {}).get(line.wav, [line.says])[0] != line.says]
     if other:
         raise InputError(f"{args.generated} was made from other texts than {args.list} has ({len(other)}, the first {other[0]}): run sample.py --list again, to another --out")
-    refuse_overwriting(args.out, [args.list, *recordings])
-    if args.out.is_dir():
-        raise InputError(f"--out {args.out} is a folder: expected the name of a table, such as {args.out / 'scores.csv'}")
+    if args.out.is_dir() or args.out.resolve() in [path.resolve() for path in (args.list, *recordings)]:
+        raise InputError(f"--out {args.out} is a folder, or a file that is read: name another")
     if args.dry_run:
         print(f"{args.list}: {len(lines)} utterances for {', '.join(systems)}; every file is there")
         return

@@ -1027,7 +1027,8 @@ def local_folder(name: str | Path) -> Path:
         return Path(name)
     parts = str(name).split("/")
     if len(parts) < 2 or str(name).startswith(HERE) or Path(parts[0]).exists():
-        raise InputError(f"no folder {name} (expected a checkpoint folder, or a hub id such as zkniu/Semantic-VAE/semantic_vae)")
+        raise InputError(f"no folder {name} (expected a checkpoint folder, or a hub id such as zkniu/Semantic-VAE/semantic_vae): "
+                         "if it was moved, name it with its flag: --vae, --tts or --init")  # fmt: skip
     from huggingface_hub import snapshot_download
 
     repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:])

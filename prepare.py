@@ -19,7 +19,6 @@ Killed at any moment and run again, it continues and ends with the same bytes.
 """
 
 import argparse
-import contextlib
 import csv
 import datetime
 import errno
@@ -61,7 +60,6 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 PATIENCE = datetime.timedelta(hours=24)  # of ranks that share out clips: they meet once, at the end of a long job
 WORK = ".prepare"  # scratch space in --out, removed in the end: a name that no folder of the user's has
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", None)}
-SILENCE = 2e-4  # loudness below which nothing is said, of 1 at full scale
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -106,13 +104,10 @@ def at_least(least: float, kind=int, most: float = sys.maxsize):
     """What a flag may be, for add_argument(type=...): a number from `least` to `most`."""
 
     def number(text: str):
-        value = kind(text)
-        if not least <= value <= most:  # nan is neither
-            limits = f"at least {least}" if most == sys.maxsize else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, found {text}")
-        return value
+        if not least <= kind(text) <= most:  # nan is neither
+            raise argparse.ArgumentTypeError(f"must be at least {least}{f' and at most {most}' * (most < sys.maxsize)}, found {text}")
+        return kind(text)
 
-    number.__name__ = kind.__name__  # which argparse names where the text is no number
     return number
 
 
@@ -179,26 +174,10 @@ def cli(main) -> None:
     os._exit(code) if dist.is_initialized() else sys.exit(code)
 
 
-@contextlib.contextmanager
-def mended_by(flag: str):
-    """Adds to an InputError that a path noted earlier leads to what a flag can say."""
-    try:
-        yield
-    except InputError as e:
-        raise InputError(f"{e}: if it was moved, name it with {flag}") from e
-
-
 def in_demo(path):
     """A path into demo/ that was noted before the checkout was moved, as it is now; else as it is."""
     moved = DEMO / str(path).rpartition("/demo/")[2]
     return str(moved) if "/demo/" in str(path) and not Path(path).exists() and moved.exists() else path
-
-
-def refuse_overwriting(out: Path, inputs) -> None:
-    """Nothing is written over what is read, however its path is spelled."""
-    for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
-            raise InputError(f"--out {out} is {path}, which is read: choose another --out")
 
 
 def lock(folder: Path):
@@ -248,42 +227,25 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
 
 
-def says_something(text: str) -> bool:
-    return any(map(str.isalnum, text))
-
-
-@contextlib.contextmanager
-def opened(path: str | Path):
-    """A recording as a soundfile. One that cannot be read is an InputError, with the reason and what mends it."""
-    path = Path(path)
-    try:
-        if not path.is_file():
-            others = (f" (but one that ends in {suffix})" for suffix in FORMATS if path.with_suffix(suffix).is_file())
-            raise InputError(f"cannot read {path}: no such file{next(others, '')}")
-        with sf.SoundFile(path) as file:
-            yield file
-    except (sf.SoundFileError, OSError, TypeError, ValueError) as e:  # TypeError: a file without a header
-        why = getattr(e, "error_string", str(e)).strip(".").replace(str(path), "it")
-        raise InputError(f"cannot read {path}: {why} (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)") from e
-
-
 def file_stamp(path: Path) -> tuple:
     """What changes with a file: its size and time; empty, if it is missing."""
     return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
 
 
-def seconds_of(path: str | Path) -> float:
-    with opened(path) as file:
-        return file.frames / file.samplerate
-
-
 def read_audio(path: str | Path, rate: int) -> np.ndarray:
     """Any file soundfile reads → mono float32 [T] at `rate`. Raises InputError if it cannot be read or is empty."""
     blocks = []
-    with opened(path) as f:
-        source_rate = f.samplerate
-        while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # as much as there is, not as the header says
-            blocks.append(block.mean(1))
+    try:
+        with sf.SoundFile(path) as f:
+            source_rate = f.samplerate
+            while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # as much as there is, not as the header says
+                blocks.append(block.mean(1))
+    except (sf.SoundFileError, OSError, TypeError, ValueError) as e:  # TypeError: a file without a header
+        others = [f" (but one that ends in {suffix})" for suffix in FORMATS if os.path.isfile(os.path.splitext(path)[0] + suffix)]
+        why = f"no such file{''.join(others[:1])}"
+        if os.path.isfile(path):
+            why = f"{getattr(e, 'error_string', e)} (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)"
+        raise InputError(f"cannot read {path}: {why}") from e
     if not blocks:
         raise InputError(f"cannot read {path}: it holds no samples")
     wave = np.concatenate(blocks)
@@ -295,10 +257,11 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
 
 
 def loudness(wave: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
-    """(RMS of each 20 ms of a wave [T] without its mean, what five of them reach: speech lasts so long, a click does not)."""
+    """(RMS of each 20 ms of a wave [T] without its mean, what five of them reach; 0: nothing is heard). Speech lasts so long, a click does not."""
     frames = (wave - wave.mean())[: len(wave) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
     levels = np.sqrt(np.square(frames).mean(1))
-    return levels, float(np.sort(levels)[-5:][0]) if len(levels) else 0.0
+    loudest = np.sort(levels)[-5:].min(initial=1)
+    return levels, float(loudest) if len(levels) and loudest > 2e-4 else 0.0
 
 
 def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -307,9 +270,8 @@ def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 
 def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
-    """In the format that the path's suffix says."""
-    kind, subtype = FORMATS[path.suffix.lower()]
-    write_atomic(path, lambda p: sf.write(p, wave, rate, format=kind, subtype=subtype))
+    container, subtype = FORMATS[path.suffix.lower()]
+    write_atomic(path, lambda p: sf.write(p, wave, rate, format=container, subtype=subtype))
 
 
 def frame_count(samples, sample_rate: int, frame_rate):
@@ -392,8 +354,7 @@ class Data:
 # Where the clips come from: lists of (id, path, speaker, text, split), split "" where the source does not say.
 
 
-COLUMNS = dict(audio=("audio", "audio_file", "file_name"), text=("text", "transcription"),
-               speaker=("speaker", "speaker_name", "speaker_id"), split=("split",))  # fmt: skip
+ALIASES = dict(audio_file="audio", file_name="audio", transcription="text", speaker_name="speaker", speaker_id="speaker")  # in others' manifests
 CONVERT = "awk -F'|' 'BEGIN {print \"audio|speaker|text\"} {print \"wavs/\" $1 \".wav|\" $3 \"|\" $2}' FILE > manifest.csv, with your columns' numbers"
 
 
@@ -401,29 +362,22 @@ def fields(line: str, mark: str) -> list[str]:
     return next(csv.reader([line.replace("\r", " ")])) if mark == "," else line.split(mark)
 
 
-def mark_of(header: str) -> str:
-    """What stands between the columns, if a line is a manifest's header; else nothing."""
-    named = (mark for mark in "|\t," if all(set(COLUMNS[name]) & set(fields(header, mark)) for name in ("audio", "text")))
-    return next(named, "")
-
-
 def from_manifest(path: Path):
     """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths relative to it. Also with tabs or
-    commas between, and by the names of COLUMNS. Without speakers each clip counts as a voice of its own."""
+    commas between, and with ALIASES for names. Without speakers each clip counts as a voice of its own."""
     (_, header), *rows = read_lines(path) or [(1, "")]
-    mark = mark_of(header)
+    tables = [(mark, [ALIASES.get(name, name) for name in fields(header, mark)]) for mark in "|\t,"]
+    mark, names = next((table for table in tables if {"audio", "text"} <= set(table[1])), ("", []))
     if not mark:
         raise InputError(f"{path} has no columns audio and text: its first line is {header!r}, expected audio|speaker|text. To convert it: {CONVERT}")
-    names = fields(header, mark)
-    places = {name: next((names.index(a) for a in known if a in names), None) for name, known in COLUMNS.items()}
     for n, line in rows:
         values = fields(line, mark)
         if len(values) != len(names):
             raise InputError(f"{path}, line {n}: found {len(values)} columns, expected {len(names)}")
-        audio, text, speaker, split = (values[place].strip() if place is not None else "" for place in places.values())
-        if split not in ("", "train", "valid", "test"):
-            raise InputError(f"{path}, line {n}: split is {split!r}, expected train, valid or test")
-        yield audio, path.parent / audio, speaker or audio, text, split
+        row = dict(zip(names, values))
+        if row.get("split", "") not in ("", "train", "valid", "test"):
+            raise InputError(f"{path}, line {n}: split is {row['split']!r}, expected train, valid or test")
+        yield row["audio"], path.parent / row["audio"], row.get("speaker") or row["audio"], row["text"], row.get("split", "")
 
 
 def below(root: Path, pattern: str):
@@ -457,24 +411,18 @@ def from_vctk(root: Path):
 
 
 def from_ljspeech(root: Path):
-    """metadata.csv, name|text or name|text|normalised text without a header, and wavs/NAME.wav; or a manifest of that name."""
-    path = root / "metadata.csv"
-    lines = read_lines(path)
-    if lines and mark_of(lines[0][1]):
-        yield from from_manifest(path)
-        return
-    rows = [line.split("|") for _, line in lines]
-    words = [[set(normalize_text(text, "plain").split()) for text in row[1:]] for row in rows if row[-1].strip()]
-    alike = [bool(texts[0] & texts[1]) for texts in words if len(texts) == 2]
-    if any(len(row) not in (2, 3) for row in rows) or sum(alike) < len(alike) / 2:
-        raise InputError(f"{path} is not name|text or name|text|normalised text (line 1: {lines[0][1]!r}). To convert it: {CONVERT}")
-    for name, *texts in rows:
-        yield f"wavs/{name}.wav", root / "wavs" / f"{name}.wav", LJ, texts[-1] if texts[-1].strip() else texts[0], ""
+    """metadata.csv (name|text, or name|text|normalised text) and wavs/NAME.wav; or, by that name, a manifest with a header."""
+    rows = [line.split("|") for _, line in read_lines(root / "metadata.csv")]
+    words = [[set(normalize_text(text, "plain").split()) for text in row[1:]] for row in rows if len(row) == 3 and row[2].strip()]
+    if any(len(row) not in (2, 3) for row in rows) or sum(bool(a & b) for a, b in words) < len(words) / 2 or {"audio", *ALIASES} & set(*rows[:1]):
+        yield from from_manifest(root / "metadata.csv")  # refused, if it has no header
+    else:
+        for name, *texts in rows:
+            yield f"wavs/{name}.wav", root / "wavs" / f"{name}.wav", "LJ", texts[-1].strip() or texts[0], ""
 
 
+VALID = 0.01  # share of the clips
 CHOICES = ("sample_rate", "text", "min_seconds", "max_seconds", "valid")  # of the flags: by what clips are chosen and how they are kept
-VALID = 0.01
-LJ = "LJ"  # the one speaker of a folder in LJSpeech's layout
 LAYOUTS = {  # a path that only this layout has: its reader
     "manifest.csv": lambda root: from_manifest(root / "manifest.csv"),
     "**/*.normalized.txt": from_libritts,
@@ -484,8 +432,8 @@ LAYOUTS = {  # a path that only this layout has: its reader
 }
 
 
-def list_clips(source: Path) -> list[tuple]:
-    """All clips of a manifest or folder, sorted by id."""
+def list_clips(source: Path, alone: bool = True) -> list[tuple]:
+    """All clips of a manifest or folder, sorted by id. Where it is not alone, ids and voices without a name are told by their source."""
     if not source.exists():
         raise InputError(f"no such file or folder: {source}")
     read = from_manifest if source.is_file() else next((read for pattern, read in LAYOUTS.items() if next(below(source, pattern), None)), None)
@@ -501,42 +449,16 @@ def list_clips(source: Path) -> list[tuple]:
     for name, _, speaker, _, _ in clips:  # which the index could not hold
         if set("\t\0") & set(name + speaker) or len(f"{name}.{speaker}.".splitlines()) > 1:
             raise InputError(f"{source}: {name!r} by {speaker!r} has a tab, a line break or a null byte in its name")
+    if not alone:
+        clips = [(f"{source}:{name}", path, f"{source}:{speaker}" if speaker in ("LJ", name) else speaker, *rest) for name, path, speaker, *rest in clips]
     return clips
-
-
-def gather(sources: list[Path]) -> tuple[list[tuple], dict[str, list]]:
-    """The clips of all sources, and by their names what changes with a text or a recording: it belongs to a folder's settings."""
-    clips, made_of, files = [], {}, {}
-    for source in sources:
-        for name, path, speaker, text, split in list_clips(source):
-            if len(sources) > 1:
-                name, speaker = f"{source}:{name}", f"{source}:{LJ}" if speaker == LJ else speaker
-            file = os.path.realpath(path)
-            if file in files:
-                raise InputError(f"{files[file]} and {name} are one recording, which could be trained on and validated with: take one out of the list")
-            files[file] = name
-            clips.append((name, path, speaker, text, split))
-            made_of[name] = [zlib.crc32(f"{speaker} {text} {split}".encode()), *file_stamp(path)]
-    return clips, made_of
 
 
 def differences(found: dict, wanted: dict) -> str:
     """What differs between two settings, clip by clip, in words."""
-    found, wanted = ({k: v for key, value in s.items() for k, v in (value.items() if isinstance(value, dict) else [(key, value)])} for s in (found, wanted))
-    differ = [f"{k}: {found.get(k)}, now {wanted.get(k)}" for k in found | wanted if found.get(k) != wanted.get(k)]
+    found, wanted = (settings | settings.get("recordings", {}) for settings in (found, wanted))
+    differ = [f"{k}: {found.get(k)}, now {wanted.get(k)}" for k in found | wanted if k != "recordings" and found.get(k) != wanted.get(k)]
     return "; ".join(differ[:3]) + f" and {len(differ) - 3} more" * (len(differ) > 3)
-
-
-def begin(out: Path, settings: dict, rank: int) -> None:
-    """Note in a new folder what it is made with and of; refuse one that was begun otherwise, or not by us."""
-    path, begun = out / "settings.json", (out / "meta.json").exists() or (out / WORK).exists()
-    foreign = [name for name in ("meta.json", "index.tsv", "audio.bin", "dropped.tsv") if (out / name).exists() and not path.exists()]
-    if foreign:
-        raise InputError(f"{out} holds a {foreign[0]}, but no settings.json that says how we made it: choose another --out")
-    if begun and (differ := differences(read_json(path), settings)):
-        raise InputError(f"{out} was made with other settings or recordings ({differ}): choose another --out, or remove it")
-    if rank == 0:
-        write_json(path, settings)
 
 
 def download(subsets: str, root: Path) -> list[Path]:
@@ -581,19 +503,17 @@ def read_clip(clip, args) -> tuple[bytes, str, int]:
     _, path, _, text, _ = clip
     try:
         wave = read_audio(path, args.sample_rate)
-        with opened(path) as file:
-            rate = file.samplerate
     except InputError as e:
         return b"", str(e).removeprefix(f"cannot read {path}: "), 0
     checks = {
-        "empty text": not says_something(normalize_text(text, args.text)),
+        "empty text": not any(map(str.isalnum, normalize_text(text, args.text))),
         "non-finite samples": not np.isfinite(wave).all(),
         f"shorter than {args.min_seconds} s": len(wave) < args.min_seconds * args.sample_rate,
         f"longer than {args.max_seconds} s": len(wave) > args.max_seconds * args.sample_rate,
-        "silent": loudness(wave, args.sample_rate)[1] < SILENCE,
+        "silent": not loudness(wave, args.sample_rate)[1],
     }
     why = next((reason for reason, found in checks.items() if found), "")
-    return b"" if why else (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), why, rate
+    return b"" if why else (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), why, sf.info(path).samplerate
 
 
 def fill_audio(clips, args, rank: int, world: int) -> None:
@@ -691,14 +611,14 @@ def from_hub(what: str, name: str, *kinds: str) -> list:
     import transformers
 
     flag = {"SSL model": "--ssl", "aligner": "--aligner", "recogniser": "--asr", "speaker model": "--sim"}[what]
-    if str(name).startswith(HERE) and not Path(name).exists():
-        raise InputError(f"cannot load the {what} {name}: no such folder: if it was moved, name it with {flag}")
     transformers.utils.logging.set_verbosity_error()  # a CTC head left out is not worth a page of warning
     transformers.utils.logging.disable_progress_bar()
     try:
+        if str(name).startswith(HERE) and not Path(name).exists():
+            raise OSError("no such folder")
         return [getattr(transformers, f"Auto{kind}").from_pretrained(name) for kind in kinds]
     except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}: name another with {flag}") from e
+        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}: if it was moved, name it with {flag}") from e
 
 
 class SSLModel:
@@ -712,7 +632,10 @@ class SSLModel:
         """layer: a hidden state, -1 for the last, "all": every one, side by side, or "logits": of a CTC model."""
         self.extractor, model = from_hub("SSL model", name, "FeatureExtractor", "ModelForCTC" if layer == "logits" else "Model")
         self.name, self.layer, self.device, self.revision = name, layer, device, revision(name, model.config)
-        self.layers = getattr(model.config, "num_hidden_layers", 0) + 1 if layer == "all" else 1
+        states = getattr(model.config, "num_hidden_layers", 0) + 1
+        if isinstance(layer, int) and not -states <= layer < states:
+            raise InputError(f"{name} has the hidden states 0 to {states - 1}, no --layer {layer}")
+        self.layers = states if layer == "all" else 1
         self.whisper = model.config.model_type == "whisper"
         self.model = (model.get_encoder() if self.whisper else model).float().to(device).eval()  # float32, however it is stored
         self.sample_rate = self.extractor.sampling_rate
@@ -802,7 +725,7 @@ def fill_ssl(args, rank: int, world: int, device) -> None:
     if known := data.meta.get("ssl"):
         if (known["model"], known["layer"]) != (args.ssl, args.layer):
             raise InputError(f"{args.out} already holds SSL features of {known['model']}, layer {known['layer']}, not {args.ssl}, layer {args.layer}: choose another --out")
-        if Path(args.ssl).is_dir() and revision(args.ssl) != known["revision"]:
+        if Path(args.ssl).is_dir() and revision(args.ssl) != known.get("revision"):
             raise InputError(f"{args.ssl} holds other weights than when {args.out} was made: choose another --out")
         return
     ssl = load_teacher(args.ssl, args.layer, data.rate, device)
@@ -969,11 +892,22 @@ def main(argv=None):
             barrier()
         args.source += download(args.download, args.download_to)
     if args.source:
-        clips, made_of = gather(args.source)
+        clips = [clip for source in args.source for clip in list_clips(source, alone=len(args.source) == 1)]
+        settings = {name: getattr(args, name) for name in (*CHOICES, "chunk")} | dict(sources=list(map(str, args.source)))
+        settings["recordings"] = {name: [zlib.crc32(repr(texts).encode()), *file_stamp(path)] for name, path, *texts in clips}
+        path, begun = out / "settings.json", (out / "meta.json").exists() or (out / WORK).exists()
+        twice, count = Counter(os.path.realpath(clip[1]) for clip in clips).most_common(1)[0]
+        foreign = [name for name in ("meta.json", "index.tsv", "audio.bin", "dropped.tsv") if (out / name).exists() and not path.exists()]
         if args.valid != VALID and any(split for *_, split in clips):
             raise InputError("--valid is for sources that name no splits: change their column split, or leave it out")
-        settings = {name: getattr(args, name) for name in (*CHOICES, "chunk")} | dict(sources=list(map(str, args.source)), clips=made_of)
-        begin(out, settings, rank)
+        if count > 1:
+            raise InputError(f"{twice} is listed {count} times, and could be trained on and validated with: take it out of the lists but once")
+        if foreign:
+            raise InputError(f"{out} holds a {foreign[0]}, but no settings.json that says how we made it: choose another --out")
+        if begun and (differ := differences(read_json(path), settings)):
+            raise InputError(f"{out} was made with other settings or recordings ({differ}): choose another --out, or remove it")
+        if rank == 0:
+            write_json(path, settings)
         if not (out / "meta.json").exists():
             if args.ssl != "none":  # each model is looked for now, not after hours of reading
                 load_teacher(args.ssl, -1 if args.layer is None else args.layer, args.sample_rate, device)
@@ -988,7 +922,7 @@ def main(argv=None):
     if not args.ssl:  # a folder that is added to, or whose features were interrupted: what it was begun with
         meta = read_json(out / "meta.json")
         begun = meta.get("ssl") or dict(model=meta["teacher"], layer=meta.get("layer"))
-        args.ssl, args.layer = begun["model"] if "ssl" in meta else in_demo(begun["model"]), begun["layer"] if args.layer is None else args.layer
+        args.ssl, args.layer = begun["model"], begun["layer"] if args.layer is None else args.layer
     args.aligner = args.aligner or in_demo(read_json(out / "meta.json").get("aligner"))
     if args.ssl != "none":
         args.layer = -1 if args.layer is None else args.layer

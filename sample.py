@@ -25,8 +25,11 @@ from tqdm import tqdm, trange
 
 from evaluate import UNSPACED, Recognizer, error_rates, find_audio, read_list
 from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, package, read_json, sample, write_json
-from prepare import (DEMO, FORMATS, SILENCE, at_least, barrier, cli, differences, file_stamp, has_bfloat16, lock, loudness, mended_by, normalize_text,
-                     read_audio, refuse_overwriting, revision, says_something, seconds_of, start_ranks, write_wave)  # fmt: skip
+from prepare import (DEMO, FORMATS, at_least, barrier, cli, differences, file_stamp, has_bfloat16, lock, loudness, normalize_text, read_audio,
+                     revision, start_ranks, write_wave)  # fmt: skip
+
+
+MARKS = "".join(c for c in map(chr, range(0x3100)) if unicodedata.category(c)[0] == "M")  # which stand with the character before
 
 
 @dataclass
@@ -98,8 +101,7 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     if not vae:
         raise InputError(f"{tts} does not say where its VAE is: name it with --vae")
     vae = folder / vae if (folder / vae).is_dir() else vae
-    with mended_by("--vae"):
-        decoder = SemanticVAE.from_pretrained(vae).to(device)
+    decoder = SemanticVAE.from_pretrained(vae).to(device)
     if decoder.latents_hash() != dit.config.vae_hash:
         raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is {decoder.latents_hash()}: name the right one with --vae")
     notes |= dict(tts_name=revision(folder), vae_name=decoder.content_hash())  # before folding, which changes names
@@ -143,10 +145,10 @@ def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, 
 # The prompt and the text, before a generation is spent on them.
 
 
-def normalized(what: str, text: str, mode: str) -> str:
+def normalized(text: str, mode: str, what: str) -> str:
     """A text as the model was taught it; one that says nothing is an InputError."""
     text = normalize_text(text, mode)
-    if not says_something(text):
+    if not any(map(str.isalnum, text)):
         raise InputError(f"nothing to say: {what} is empty, or punctuation alone")
     return text
 
@@ -156,7 +158,7 @@ def check_prompt(wave: np.ndarray, text: str, rate: int, limit: float) -> tuple[
     if not np.isfinite(wave).all():
         raise InputError("the prompt holds non-finite samples")
     levels, loudest = loudness(wave, rate)
-    if loudest < SILENCE:
+    if not loudest:
         raise InputError("the prompt is silent")
     loud, edge = np.flatnonzero(levels > 0.03 * loudest) * (rate // 50), rate // 10
     trimmed = wave[max(0, loud[0] - edge) : loud[-1] + rate // 50 + edge]
@@ -175,12 +177,8 @@ def check_prompt(wave: np.ndarray, text: str, rate: int, limit: float) -> tuple[
     return trimmed, [note for note, found in notes.items() if found]
 
 
-MARKS = "".join(c for c in map(chr, range(0x3100)) if unicodedata.category(c)[0] == "M")  # which stand with the character before
-
-
 def split_text(text: str, limit: int) -> list[str]:
-    """Pieces of at most `limit` bytes, cut at sentence ends, else at commas, else between words, else between characters of scripts that
-    write no spaces."""
+    """Pieces of at most `limit` bytes, cut at sentence ends, else at commas, else between words, or characters where no spaces are written."""
     pieces = [text]
     for pattern in (r"(?<=[.!?])(?=\s)|(?<=[。！？])", r"(?<=[,;:])(?=\s)|(?<=[，；：])", r"(?=\s)", f"(?<=[{UNSPACED}])(?=[{UNSPACED}])(?![{MARKS}])"):
         finer = []
@@ -210,29 +208,13 @@ def join(waves: list[np.ndarray], rate: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def say_pieces(args, dit, vae, requests: list[Request], seed: int) -> list[np.ndarray]:
-    """In order, a batch at a time; what was said before an interruption is kept."""
-    waves, part = [], args.out.with_stem(args.out.stem + ".part")
-    try:
-        for i in trange(0, len(requests), args.batch_size, desc="batches", disable=len(requests) <= args.batch_size):
-            batch = requests[i : i + args.batch_size]
-            waves += synthesize(dit, vae, batch, args.steps, args.cfg, args.sway, args.speed, seed, args.batch_size, args.cfg_until, args.bf16)
-    except KeyboardInterrupt:
-        if waves:
-            write_wave(part, join(waves, dit.config.sample_rate), dit.config.sample_rate)
-            print(f"{part}: the first {len(waves)} of {len(requests)} pieces; the next is {requests[len(waves)].text!r}")
-        raise
-    return waves
-
-
 def say(args, dit, vae, device) -> None:
     """One text in one voice."""
     rate, limit = dit.config.sample_rate, dit.config.max_seconds
-    text, wave = normalized("the text", args.text, dit.config.text), read_audio(args.ref, rate)
+    text, wave = normalized(args.text, dit.config.text, "the text"), read_audio(args.ref, rate)
     check_prompt(wave, "", rate, limit / 2)  # before a recogniser, whose memory a long one would fill
     asr = Recognizer(args.asr, device, args.language) if args.ref_text is None or args.takes > 1 else None
-    ref_text = asr([wave], rate)[0] if args.ref_text is None else args.ref_text
-    ref_text = normalized("the transcript of the prompt", ref_text, dit.config.text)
+    ref_text = normalized(asr([wave], rate)[0] if args.ref_text is None else args.ref_text, dit.config.text, "the transcript of the prompt")
     if args.ref_text is None:
         print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
     if dit.config.vocabulary and ref_text[-1:] not in ".。":  # F5-TTS's prompts end so; an empty one is refused below
@@ -251,7 +233,17 @@ def say(args, dit, vae, device) -> None:
         print(f"{slow} of {len(pieces)} pieces have more bytes than frames at the prompt's pace: they are said more slowly")
     start, takes = time.time(), []
     for take in range(args.takes):
-        said = join(say_pieces(args, dit, vae, requests, args.seed + take), rate)
+        waves, part = [], args.out.with_stem(args.out.stem + ".part")
+        try:
+            for i in trange(0, len(requests), args.batch_size, desc="batches", disable=len(requests) <= args.batch_size):
+                batch = requests[i : i + args.batch_size]
+                waves += synthesize(dit, vae, batch, args.steps, args.cfg, args.sway, args.speed, args.seed + take, args.batch_size, args.cfg_until, args.bf16)
+        except KeyboardInterrupt:
+            if waves:
+                write_wave(part, join(waves, rate), rate)
+                print(f"{part}: the first {len(waves)} of {len(pieces)} pieces; the next is {pieces[len(waves)]!r}")
+            raise
+        said = join(waves, rate)
         error = error_rates([text], asr([said], rate))["cer"] if args.takes > 1 else 0
         takes.append((error, take, said))
         if args.takes > 1:
@@ -278,16 +270,14 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
     differ = differences(found | {wav: before.get(wav) for wav in there}, settings | {wav: said[wav] for wav in there})
     if differ and (found or there):
         raise InputError(f"{args.out} was made with other settings, texts or prompts ({differ}): choose another --out")
-    todo, long = [line for line in lines if line.wav not in there], 0
+    todo = [line for line in lines if line.wav not in there]
     for line in todo:
-        text, ref_text = normalized(f"the text of {line.gen}", line.text, dit.config.text), normalized(f"the text of {line.ref}", line.ref_text, dit.config.text)
-        frames = math.ceil(seconds_of(prompts[line.ref]) * rate / dit.config.hop)
-        seconds = plan(dit, frames, Request(np.zeros(0), ref_text, text), args.speed)[0] * dit.config.hop / rate
+        wave, ref_text = read_audio(prompts[line.ref], rate), normalized(line.ref_text, dit.config.text, f"the text of {line.ref}")
+        check_prompt(wave, ref_text, rate, limit)
+        request = Request(wave, ref_text, normalized(line.text, dit.config.text, f"the text of {line.gen}"))
+        seconds = plan(dit, math.ceil(len(wave) / dit.config.hop), request, args.speed)[0] * dit.config.hop / rate
         if seconds > 2 * limit:
             raise InputError(f"{line.gen} takes {seconds:.1f} s with its prompt, the model was trained on at most {limit:.1f} s: shorten text or prompt")
-        long += seconds > limit
-    if rank == 0 and long:
-        print(f"{long} of {len(todo)} lines are longer than the {limit:.1f} s that the model was trained on: they may be said badly")
     if args.dry_run:
         print(f"{args.list}: {len(lines)} lines, {len(todo)} to be said; every prompt is there")
         return
@@ -301,21 +291,13 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
     for i in tqdm(range(0, len(todo), args.batch_size), desc="batches", disable=rank > 0):
         batch, requests = todo[i : i + args.batch_size], []
         for line in batch:
-            text, wave = normalize_text(line.ref_text, dit.config.text), read_audio(prompts[line.ref], rate)
-            check_prompt(wave, text, rate, dit.config.max_seconds)  # but used whole: the protocol's lengths are those of whole prompts
-            requests.append(Request(wave, text, normalize_text(line.text, dit.config.text)))
+            wave, ref_text = read_audio(prompts[line.ref], rate), normalize_text(line.ref_text, dit.config.text)
+            requests.append(Request(wave, ref_text, normalize_text(line.text, dit.config.text)))  # whole: the protocol's lengths are those of whole prompts
         for line, wave in zip(batch, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size, args.cfg_until, args.bf16)):
             write_wave(args.out / line.wav, wave, rate)
             seconds += len(wave) / rate
     if rank == 0 and seconds:
         print(f"{args.out}: rank 0 made {seconds:.1f} s at a real-time factor of {(time.time() - start) / seconds:.2f}")
-
-
-def text_in(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeError) as e:
-        raise argparse.ArgumentTypeError(f"cannot read {path}: {e}") from e
 
 
 def parse_args(argv=None):
@@ -326,7 +308,7 @@ def parse_args(argv=None):
     parser.add_argument("--ref-text", help="what the recording says (default: transcribed with --asr)")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", help="what to say (default without --ref: a demo sentence)")
-    text.add_argument("--text-file", dest="text", metavar="FILE", type=text_in, help="a UTF-8 file that holds what to say")
+    text.add_argument("--text-file", type=argparse.FileType(encoding="utf-8-sig", errors="surrogateescape"), help="a file that holds what to say")
     parser.add_argument("--out", type=Path, help=f"file in {', '.join(FORMATS)}, or folder for --list (default: sample.wav, runs/samples)")
     parser.add_argument("--list", type=Path, help="say every line of a list: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated")
     parser.add_argument("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
@@ -346,8 +328,9 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=at_least(0), default=0, help="default %(default)s")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/samples" if args.list else "sample.wav")
-    alone, listed = ("ref", "ref_text", "text", "duration", "takes", "asr", "language"), ("ref_dir", "limit", "dry_run")
-    for name in alone if args.list else listed:
+    if args.text_file:
+        args.text = args.text_file.read()
+    for name in ("ref", "ref_text", "text", "duration", "takes", "asr", "language") if args.list else ("ref_dir", "limit", "dry_run"):
         if getattr(args, name) != parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')} has no use {'with' if args.list else 'without'} --list: drop it")
     if not args.list and args.out.suffix.lower() not in FORMATS:
@@ -359,8 +342,8 @@ def parse_args(argv=None):
         args.ref, args.ref_text, args.text = DEMO / "corpus" / demo.ref, demo.ref_text, demo.text if args.text is None else args.text
     if not args.list and args.text is None:
         raise InputError("nothing to say: give --text")
-    if not args.list:
-        refuse_overwriting(args.out, [args.ref])
+    if not args.list and args.out.resolve() == args.ref.resolve():
+        raise InputError(f"--out {args.out} is the recording {args.ref}: choose another --out")
     return args
 
 

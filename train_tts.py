@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, at_rate, conv_head, duration_loss, flow_matching_loss
-from prepare import DEMO, Data, at_least, cli, has_bfloat16, lock, mended_by, start_ranks, write_wave
+from prepare import DEMO, Data, at_least, cli, has_bfloat16, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
 from train_vae import (DRAWS, ORDER, STALLED, Log, Means, Speed, Stop, check_run, compiled, first_step, forward_flops, guarded_step, leave_signals_to_the_trainer,
                        load_state, read_args, save_args, save_run, stopped_at, update_ema)  # fmt: skip
@@ -50,9 +50,9 @@ class Utterances(torch.utils.data.Dataset):
         latents = data.meta["latents"]
         self.mean, self.std = torch.tensor(latents["mean"]), torch.tensor(latents["std"])
         self.frames, self.rate = data.counts("latents"), data.rate / latents["hop"]
-        need = {i: len(to_bytes(data.clips[i]["text"])) + (join > 1) for i in self.clips}  # a frame a byte, and one for the space between two clips
-        self.left_out = [i for i in self.clips if need[i] > self.frames[i]]
-        self.clips = [i for i in self.clips if need[i] <= self.frames[i]]
+        fits = {i: len(to_bytes(data.clips[i]["text"])) + (join > 1) <= self.frames[i] for i in self.clips}  # else the text would be cut in mid-word
+        self.left_out = [i for i in fits if not fits[i]]
+        self.clips = [i for i in fits if fits[i]]
         self.groups = max(1, int(sum(self.frames[i] for i in self.clips) / self.rate / batch_seconds))  # steps in an epoch
 
     def examples(self, rng) -> list[list[int]]:
@@ -281,8 +281,7 @@ def main(argv=None):
     if args.batch_seconds < longest:  # else some steps would have nothing to learn from
         raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest example, {longest:.1f} s")
     vae_folder = args.vae or latents["vae"]
-    with mended_by("--vae"):
-        vae = SemanticVAE.from_pretrained(vae_folder).to(device)
+    vae = SemanticVAE.from_pretrained(vae_folder).to(device)
     if vae.latents_hash() != latents["vae_hash"]:
         raise InputError(f"{vae_folder} is VAE {vae.latents_hash()}, the latents in {args.data} come from {latents['vae_hash']}: run python prepare.py --out {args.data} --vae {vae_folder}")
 

@@ -4,7 +4,6 @@ where each byte is said."""
 import json
 import shutil
 import string
-from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import train_vae
 from model import SemanticVAE
 from prepare import Data, frame_count, normalize_text, read_audio
 
-UNKNOWN = "Format not recognised (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)"
+UNKNOWN = "Format not recognised. (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)"
 ARRAYS = ("index.tsv", "audio.bin", "ssl.bin", "starts.bin", "unaligned.tsv")
 
 

@@ -66,19 +66,17 @@ def test_no_recording_is_written_over(world, tmp_path, fails, monkeypatch):
         sf.write(name, tone(1.3, 0), RATE)
     Path("link.wav").symlink_to("voice.wav")
     before = {name: Path(name).read_bytes() for name in ("sample.wav", "voice.wav")}
-    fails(sample.main, speak(world, "--ref", "sample.wav", *WORDS), "--out sample.wav is sample.wav, which is read")
+    fails(sample.main, speak(world, "--ref", "sample.wav", *WORDS), "--out sample.wav is the recording sample.wav")
     for out in ("voice.wav", tmp_path / "voice.wav", "link.wav"):
-        fails(sample.main, speak(world, "--ref", "./voice.wav", *WORDS, "--out", out), "which is read: choose another --out")
+        fails(sample.main, speak(world, "--ref", "./voice.wav", *WORDS, "--out", out), "is the recording voice.wav: choose another --out")
     assert {name: Path(name).read_bytes() for name in before} == before
     corpus = shutil.copytree(world.corpus, tmp_path / "corpus")
     listed = ["--tts", world.tts, "--list", corpus / "test.lst", "--out", corpus / "audio"]
     fails(sample.main, listed, "was made with other settings", "choose another --out")
     score = ["--asr", world.ssl, "--sim", world.sv, "--list", corpus / "test.lst", "--out"]
     for out in (corpus / "test.lst", corpus / "audio" / "0.wav"):
-        fails(evaluate.main, [*score, out], "which is read")
+        fails(evaluate.main, [*score, out], "a file that is read")
     fails(evaluate.main, [*score, corpus], "is a folder")
-    (tmp_path / "index.html").write_text("my home page")
-    fails(evaluate.main, [*score, tmp_path / "s.csv", "--report", tmp_path], "is no page of ours")
 
 
 @pytest.mark.parametrize("train, name", [(train_vae, "vae"), (train_tts, "tts")])
@@ -171,7 +169,7 @@ def test_a_teacher_whose_weights_changed_is_refused(world, tmp_path, fails):
 @pytest.mark.parametrize("third", ["1.5", "17", "p225"])
 def test_a_third_column_that_is_no_reading_of_the_second_is_refused(third, tmp_path, fails):
     corpus = corpus_of(tmp_path / "in", f"a|One small bird.|{third}\nb|By the river.|{third}\n")
-    fails(prepare.main, [corpus, "--out", tmp_path / "out", "--ssl", "none"], "is not name|text", "One small bird.", "awk -F'|'")
+    fails(prepare.main, [corpus, "--out", tmp_path / "out", "--ssl", "none"], "has no columns audio and text", "One small bird.", "awk -F'|'")
 
 
 def test_an_empty_third_column_leaves_the_second(tmp_path):
@@ -238,8 +236,8 @@ def test_two_folders_of_one_voice_each_are_two_voices(tmp_path):
 def test_a_recording_listed_twice_is_refused(again, tmp_path, fails):
     corpus = corpus_of(tmp_path / "in", f"wavs/a.wav|s|one bird\n{again}|s|one bird\n", "audio|speaker|text", "manifest.csv")
     (corpus / "link.wav").symlink_to(corpus / "wavs" / "a.wav")
-    fails(prepare.main, [corpus, "--out", tmp_path / "out", "--ssl", "none"], "are one recording", "wavs/a.wav", again)
-    fails(prepare.main, [corpus / "manifest.csv", corpus, "--out", tmp_path / "out", "--ssl", "none"], "are one recording")
+    fails(prepare.main, [corpus, "--out", tmp_path / "out", "--ssl", "none"], "wavs/a.wav is listed 2 times")
+    fails(prepare.main, [corpus / "manifest.csv", corpus, "--out", tmp_path / "out", "--ssl", "none"], "wavs/a.wav is listed ", " times")
 
 
 def test_recordings_are_dropped_for_what_is_wrong_with_them(tmp_path, capsys):
@@ -295,6 +293,7 @@ def test_models_are_looked_for_before_the_audio_is_read(world, tmp_path, fails, 
     monkeypatch.setattr(prepare, "fill_audio", lambda *args: pytest.fail("the audio was read"))
     args = [world.corpus, "--out", tmp_path / "out"]
     fails(prepare.main, [*args, "--ssl", tmp_path / "typo"], "cannot load the SSL model", "typo")
+    fails(prepare.main, [*args, "--ssl", world.ssl, "--layer", 3], "has the hidden states 0 to 2, no --layer 3")
     fails(prepare.main, [*args, "--ssl", "none", "--aligner", tmp_path / "typo"], "cannot load", "typo")
     fails(prepare.main, [*args, "--ssl", "none", "--vae", tmp_path / "typo"], "no folder", "typo")
 
@@ -335,7 +334,7 @@ def test_what_is_given_is_used_or_refused(world, tmp_path, fails):
     fails(sample.main, speak(world, *out, *ref, "--ref-text", "", "--text", "bird"), "the transcript of the prompt is empty")
     (tmp_path / "said.txt").write_text("by\nthe river")
     fails(sample.main, speak(world, *out, "--text", "a", "--text-file", tmp_path / "said.txt"), "not allowed with argument --text")
-    fails(sample.main, speak(world, *out, "--text-file", tmp_path / "absent"), "cannot read", "absent")
+    fails(sample.main, speak(world, *out, "--text-file", tmp_path / "absent"), "can't open", "absent")
     fails(sample.main, speak(world, *out, *ref, "--text", "bird", "--language", "klingon"), "knows no --language klingon")
     listed = ["--tts", world.tts, "--list", world.corpus / "test.lst"]
     for flag, value in dict(takes=2, duration=1, text="a", ref="a.wav", asr="other", language="de").items():
@@ -385,7 +384,7 @@ def test_a_list_that_changed_is_neither_kept_nor_scored(world, tmp_path, fails):
     fails(sample.main, listed, "was made with other settings, texts or prompts", "2.wav")
 
 
-def test_a_line_far_longer_than_the_model_was_trained_on_is_refused(world, tmp_path, fails, capsys):
+def test_a_line_far_longer_than_the_model_was_trained_on_is_refused(world, tmp_path, fails):
     for words, (count, script) in {"by the river": (240, fails), "by river": (12, None)}.items():
         (tmp_path / "a.lst").write_text(f"audio/0.wav\t1\tone small bird sang\taudio/2.wav\t1\t{'by the river ' * (count // 3)}\n")
         args = ["--tts", world.tts, "--list", tmp_path / "a.lst", "--ref-dir", world.corpus, "--out", tmp_path / "said", "--dry-run"]
@@ -393,7 +392,6 @@ def test_a_line_far_longer_than_the_model_was_trained_on_is_refused(world, tmp_p
             fails(sample.main, args, "audio/2.wav takes", "the model was trained on at most")
         else:
             sample.main([str(a) for a in args])
-            assert "1 of 1 lines are longer than" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["ฉันเห็นนกตัวเล็กบินอยู่ริมแม่น้ำเมื่อเช้านี้", "我今天早上在河邊看見一隻小鳥在唱歌", "けさかわのそばでちいさなとりがうたっているのをみました"])

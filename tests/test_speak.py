@@ -382,7 +382,7 @@ def test_bad_input(world, tmp_path, fails):
     fails(sample.main, run("--ref", tmp_path / "empty.wav", *words), "holds no samples")
     fails(sample.main, run("--ref", ref, "--ref-text", "one", "--text", "..."), "the text is empty")
     fails(sample.main, run("--ref", ref), "give --text")
-    fails(sample.main, run("--ref", ref, *words, "--speed", "0"), "--speed: must be from 0.3 to 3, found 0")
+    fails(sample.main, run("--ref", ref, *words, "--speed", "0"), "--speed: must be at least 0.3 and at most 3, found 0")
     fails(sample.main, run("--ref", ref, *words, "--takes", "0"), "--takes: must be at least 1, found 0")
     fails(sample.main, run(*words), "name it with --ref")
     (tmp_path / "bad.lst").write_text("audio/0.wav\t1.0\t...\taudio/2.wav\t1.2\tby the river\n")

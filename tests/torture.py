@@ -184,25 +184,40 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 
 def audio_files(root: Path):
     clips = {}
-    for suffix in ("wav", "flac", "ogg", "mp3"):
-        sf.write(root / f"a.{suffix}", tone(0.1, 0), RATE)
-        clips[suffix] = (root / f"a.{suffix}").read_bytes()
+    for suffix in prepare.FORMATS:
+        prepare.write_wave(root / f"a{suffix}", tone(0.1, 0), RATE)
+        clips[suffix] = (root / f"a{suffix}").read_bytes()
+    for name, scale in (("float", 1), ("large", 32767)):
+        sf.write(root / "a.wav", scale * tone(0.1, 0) + 0.02, RATE, subtype="FLOAT")
+        clips[f".{name}.wav"] = (root / "a.wav").read_bytes()
 
     def read(rng):
-        path = root / f"damaged.{rng.choice(list(clips))}"
-        path.write_bytes(damage(clips[path.suffix[1:]], rng))
+        kind = rng.choice(list(clips))
+        path = root / f"damaged{rng.choice((kind, kind, '.raw', '.m4a'))}"
+        path.write_bytes(damage(clips[kind], rng))
         wave = prepare.read_audio(path, RATE)
         assert wave.dtype == np.float32 and wave.ndim == 1 and len(wave)
+        if np.isfinite(wave).all():
+            sample.check_prompt(wave, "one small bird", RATE, 1)
 
     return read
 
 
 def manifests(root: Path):
-    whole = ("audio|speaker|text|split\n" + "".join(f"audio/{i}.wav|s{i}|one small bird {i}|train\n" for i in range(9))).encode()
+    rows = range(9)
+    tables = {
+        "manifest.csv": ["audio|speaker|text|split", *(f"audio/{i}.wav|s{i}|one small bird {i}|train" for i in rows)],
+        "hub/metadata.csv": ["file_name,transcription", *(f'{i}.wav,"one small bird, {i}"' for i in rows)],
+        "coqui/metadata.csv": ["audio_file|text|speaker_name", *(f"{i}.wav|one small bird {i}|ann" for i in rows)],
+        "lj/metadata.csv": [f"LJ{i}|One small bird {i}.|one small bird {i}" for i in rows],
+        "voices/metadata.csv": [f"LJ{i}|One small bird {i}.|p{i}" for i in rows],
+    }
 
     def read(rng):
-        (root / "manifest.csv").write_bytes(damage(whole, rng))
-        for name, _, speaker, text, split in prepare.list_clips(root / "manifest.csv"):
+        path = root / rng.choice(list(tables))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(damage("".join(f"{row}\n" for row in tables[str(path.relative_to(root))]).encode(), rng))
+        for name, _, speaker, text, split in prepare.list_clips(path if path.parent == root else path.parent):
             line = f"{name}\t{split}\t{speaker}\t1\t{prepare.normalize_text(text, rng.choice(('raw', 'plain')))}"
             assert len(line.splitlines()) <= 1 and len(line.split("\t")) == 5, line
 
@@ -263,7 +278,7 @@ def data_folders(root: Path):
 
 
 def texts(root: Path):
-    kinds = [(0x20, 0x7F), (0, 0x20), (0xA0, 0x250), (0x300, 0x370), (0x4E00, 0x9FFF), (0x2000, 0x2070), (0xD800, 0xE000), (0x1F300, 0x1FAFF), (0, 0x110000)]
+    kinds = [(0x20, 0x7F), (0, 0x20), (0xA0, 0x250), (0x300, 0x370), (0xE00, 0xE80), (0x3040, 0x3100), (0x4E00, 0x9FFF), (0x2000, 0x2070), (0xD800, 0xE000), (0x1F300, 0x1FAFF), (0, 0x110000)]
 
     def read(rng):
         low, high = rng.choice(kinds)
@@ -271,7 +286,8 @@ def texts(root: Path):
         text = prepare.normalize_text(text, rng.choice(("raw", "plain")))
         symbols = sample.to_bytes(text)
         assert bytes(symbols.tolist()).decode() == text
-        evaluate.normalize(text)
+        if evaluate.normalize(text):
+            evaluate.error_rates([text], [text[::-1]])
         limit = rng.randrange(1, 100)
         assert all(len(piece.encode()) <= limit for piece in sample.split_text(text, limit))
 
