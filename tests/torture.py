@@ -185,10 +185,10 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 def audio_files(root: Path):
     clips = {}
     for suffix in prepare.FORMATS:
-        prepare.write_wave(root / f"a{suffix}", tone(0.1, 0), RATE)
+        prepare.write_wave(root / f"a{suffix}", tone(0.6, 0), RATE)
         clips[suffix] = (root / f"a{suffix}").read_bytes()
     for name, scale in (("float", 1), ("large", 32767)):
-        sf.write(root / "a.wav", scale * tone(0.1, 0) + 0.02, RATE, subtype="FLOAT")
+        sf.write(root / "a.wav", scale * tone(0.6, 0) + 0.02, RATE, subtype="FLOAT")
         clips[f".{name}.wav"] = (root / "a.wav").read_bytes()
 
     def read(rng):
