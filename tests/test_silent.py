@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
-from conftest import RATE, TTS_FLAGS, VAE_FLAGS, tone, write_corpus
+from conftest import RATE, TTS_FLAGS, tone, write_corpus
 
 import evaluate
 import prepare
 import sample
 import train_tts
 import train_vae
-from model import DiT, InputError, SemanticVAE
+from model import InputError
 from prepare import Data
 
 # ------------------------------------------------------------------------------------------ the user's own files
