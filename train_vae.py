@@ -526,7 +526,7 @@ class Stop:
         self.number = 0
         self.group = dist.new_group(backend="gloo", timeout=STALLED) if dist.is_initialized() else None  # the CPUs agree, no GPU is waited for
         for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.note)
 
     def note(self, number, frame):
