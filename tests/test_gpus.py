@@ -37,7 +37,8 @@ def until_steps(process, out, steps: int = 2) -> None:
 def test_a_signal_to_the_whole_group_spares_the_loaders(python, script, args, number, world, tmp_path):
     """Twice, as schedulers do: torchrun passes on to its ranks what they have heard already."""
     out = tmp_path / "run"
-    process = start(*python, ROOT / script, *args(world, out, steps=10_000, eval_every=10_000, log_every=1, workers=2), start_new_session=True)
+    process = start(*python, ROOT / script, *args(world, out, steps=10_000, eval_every=10_000, log_every=1, workers=2), start_new_session=True,
+                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # under nohup it would be ignored
     until_steps(process, out)
     for _ in range(2):
         os.killpg(process.pid, number)
