@@ -34,7 +34,10 @@ def start(*command, **options):
 
 
 def ended(process, seconds: float = 120):
-    out, error = process.communicate(timeout=seconds)
+    try:
+        out, error = process.communicate(timeout=seconds)
+    finally:
+        process.kill()  # one that did not end would slow down all other tests
     return process.returncode, out, error
 
 
