@@ -556,8 +556,8 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
     write_json(out / "meta.json", meta)
 
 
-def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int, world: int, dtype="float16") -> tuple[np.memmap, np.ndarray]:
-    """A file for array `name` [rows, *width], filled in place: make(part) gives the rows of these clips. Returns it and its offsets.
+def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int, world: int, dtype="float16") -> tuple[np.memmap | None, np.ndarray]:
+    """A file for array `name` [rows, *width], filled in place: make(part) gives the rows of these clips. Returns it, to rank 0, and its offsets.
 
     Every rank writes its chunks into the one file; what another pass, model or VAE left half-done is removed. Written, not mapped: a full disk
     would kill a process that writes through a map, without a word."""
@@ -584,7 +584,7 @@ def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int
             raise InputError(f"cannot write {path}: {e}; what was there before is whole") from e
 
     each_chunk(args, name, len(data.clips), do, rank, world)
-    return np.memmap(path, dtype, "r", shape=shape), offsets
+    return (np.memmap(path, dtype, "r", shape=shape) if rank == 0 else None), offsets  # which rank 0 moves at once
 
 
 def finish(out: Path, name: str, array: np.memmap, entry: dict) -> None:

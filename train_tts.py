@@ -140,11 +140,17 @@ class MicroBatches:
 
     @staticmethod
     def cut(lengths: np.ndarray, count: int) -> np.ndarray:
-        """Bounds [count + 1] of parts with equal sums of lengths, and at least one utterance each: no rank waits for another."""
-        ends, order = lengths.cumsum(), np.arange(count + 1)
-        bounds = np.searchsorted(ends - lengths / 2, order * ends[-1] / count)
-        bounds = np.maximum.accumulate(bounds - order) + order
-        return np.minimum(bounds, len(lengths) - count + order)
+        """Bounds [count + 1] of parts in a row, at least one utterance each, of which the largest is as small as can be: ranks wait for it."""
+        ends = lengths.cumsum()
+        room = max(lengths[-1], ends[-1] / count)
+        while True:
+            bounds = [0]
+            for left in range(count - 1, -1, -1):  # as many as fit, but for one for each part that is left
+                full = np.searchsorted(ends, (ends[bounds[-1] - 1] if bounds[-1] else 0) + room, side="right")
+                bounds.append(max(bounds[-1] + 1, min(int(full), len(lengths) - left)))
+            if bounds[-1] == len(lengths):
+                return np.array(bounds)
+            room *= 1.002
 
     def padding(self, steps: int = 20) -> float:
         """Share of padding in what this rank computes, over the first steps of the training."""

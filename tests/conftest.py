@@ -28,7 +28,7 @@ RATE = 16000
 # Pairs, and a last one alone: so that results are the same on every CPU.
 VAE_FLAGS = ["--preset", "demo", "--steps", "2", "--batch-seconds", "1.6", "--crop", "0.4", "--eval-every", "2", "--log-every", "1", "--adv-start", "1",
              "--eval-clips", "2", "--encoder-steps", "0", "--no-compile"]  # fmt: skip
-TTS_FLAGS = ["--preset", "demo", "--warmup", "1", "--steps", "2", "--batch-seconds", "6", "--micro-seconds", "100", "--eval-every", "2", "--log-every", "1",
+TTS_FLAGS = ["--preset", "demo", "--warmup", "0", "--lr", "4e-5", "--steps", "2", "--batch-seconds", "6", "--micro-seconds", "100", "--eval-every", "2", "--log-every", "1",
              "--eval-sentences", "2", "--no-bf16"]  # fmt: skip
 
 

@@ -3,17 +3,14 @@
 import csv
 import errno
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
 from safetensors.torch import load_file
 from test_faults import ONE, RANKS, ended, start
 from test_train import TIMES, TTS, VAE, rows
@@ -26,28 +23,6 @@ from prepare import Data
 from train_tts import MicroBatches, Utterances
 
 
-def until_steps(process, out, steps: int = 2) -> None:
-    deadline = time.time() + 90
-    while process.poll() is None and time.time() < deadline and not ((out / "log.csv").exists() and len(rows(out)) >= steps):
-        time.sleep(0.1)
-
-
-@pytest.mark.parametrize("python, script, args, number", [
-    ([sys.executable], "train_vae.py", VAE, signal.SIGTERM), ([sys.executable], "train_tts.py", TTS, signal.SIGHUP), (RANKS, "train_tts.py", TTS, signal.SIGTERM)])  # fmt: skip
-def test_a_signal_to_the_whole_group_spares_the_loaders(python, script, args, number, world, tmp_path):
-    """Twice, as schedulers do: torchrun passes on to its ranks what they have heard already."""
-    out = tmp_path / "run"
-    process = start(*python, ROOT / script, *args(world, out, steps=10_000, eval_every=10_000, log_every=1, workers=2), start_new_session=True,
-                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # under nohup it would be ignored
-    until_steps(process, out)
-    for _ in range(2):
-        os.killpg(process.pid, number)
-    code, text, error = ended(process)
-    step = load_torch(out / "state.pt")["step"]
-    assert step >= 2 and f"stopped at step {step}, which is saved" in text and "DataLoader worker" not in error, error[-2000:]
-    assert code == (128 + number if python != RANKS else code) and code != 0
-
-
 def test_a_reader_that_goes_away_costs_nothing(world, tmp_path):
     """`train_tts.py 2>&1 | head -1`: the run ends with all its steps, and exit code 0."""
     command = [sys.executable, ROOT / "train_tts.py", *TTS(world, tmp_path / "run", steps=4, eval_every=1)]
@@ -58,24 +33,13 @@ def test_a_reader_that_goes_away_costs_nothing(world, tmp_path):
     assert load_torch(tmp_path / "run" / "state.pt")["step"] == 4
 
 
-@pytest.mark.parametrize("train, args, changes", [(train_vae, VAE, dict(micro_batch=2)), (train_tts, TTS, dict(micro_seconds=3))])
-def test_two_ranks_with_loaders_resume_in_bfloat16(train, args, changes, world, tmp_path):
-    script = train.__name__ + ".py"
-    more = [*args(world, tmp_path / "straight", steps=4, eval_every=2, workers=2, **changes), "--bf16"]
-    torchrun(script, *more)
-    more[3] = tmp_path / "broken"
-    torchrun(script, *more, "--steps", 2)
-    torchrun(script, "--resume", "--out", tmp_path / "broken", "--steps", 4)
-    a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("straight", "broken"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_ranks_share_steps_by_frames(world):
     """The paper's step of 0.9 h on 8 GPUs: mean work is at least 97 % of the slowest rank's. No part is empty, none too large."""
     rng = np.random.default_rng(0)
-    lengths = np.sort(rng.uniform(13.6, 16, 219)) * 40
-    work = [part.sum() for part in np.split(lengths, MicroBatches.cut(lengths, 8)[1:-1])]
-    assert np.mean(work) / max(work) > 0.97
+    for shortest in (3, 8, 13.6):
+        lengths = np.sort(rng.uniform(shortest, 1.18 * shortest, int(3240 / 1.09 / shortest))) * 40
+        work = [part.sum() for part in np.split(lengths, MicroBatches.cut(lengths, 8)[1:-1])]
+        assert np.mean(work) / max(work) > 0.97
     for utterances in (8, 9, 24):
         bounds = MicroBatches.cut(np.sort(rng.exponential(400, utterances)), 8)
         assert bounds[0] == 0 and bounds[-1] == utterances and min(np.diff(bounds)) >= 1
@@ -255,7 +219,7 @@ def test_downloads_happen_once_a_node(shared, world, tmp_path, monkeypatch):
         monkeypatch.setattr(prepare, "download", fetch)
         monkeypatch.setattr(prepare, "start_ranks", lambda rank=rank: (rank, 2, torch.device("cpu")))
         monkeypatch.setenv("LOCAL_RANK", "0")
-        monkeypatch.setattr(prepare, "list_clips", lambda source: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(prepare, "list_clips", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare.main(["--download", "x", "--out", str(tmp_path / "data"), "--ssl", "none"])
     assert len(fetched) == (1 if shared else 2)

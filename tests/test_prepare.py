@@ -247,7 +247,7 @@ def test_other_teachers(world, tmp_path, fails):
     assert (config.ssl_dim, config.ssl_layers, config.align) == (32, 3, "up")
     fails(prepare.main, [world.corpus, "--out", tmp_path / "x", "--ssl", f"{world.ssl},{other}", "--layer", "all"], "several teachers need one layer")
     fails(prepare.main, [world.corpus, "--out", tmp_path / "y", "--ssl", world.ssl, "--sample-rate", "8000"], "hears 16000 Hz", "holds 8000 Hz")
-    fails(train_vae.main, ["--data", tmp_path / "mix", "--out", tmp_path / "z", "--init", world.vae], "was aligned down with features of width 32")
+    fails(train_vae.main, ["--preset", "demo", "--data", tmp_path / "mix", "--out", tmp_path / "z", "--init", world.vae], "was aligned down with features of width 32")
 
 
 def test_download_reports_what_cannot_be_fetched(tmp_path, fails, monkeypatch):

@@ -37,6 +37,8 @@ def test_scratch_space_holds_only_what_we_made(tmp_path):
         def save_pretrained(self, folder, **notes):
             Path(folder).mkdir(exist_ok=True)
 
+    for name in ("args.json", "log.csv"):
+        (tmp_path / name).write_text("")
     train_vae.save_run(tmp_path, 2, Model(), {}, {}, {}, keep=1)
     assert (tmp_path / "step-backup" / "thesis.txt").exists()
     assert sorted(p.name for p in tmp_path.glob("step0*")) == ["step0000002"]
@@ -109,7 +111,7 @@ def test_a_run_folder_that_is_a_link_can_be_sampled_from(world, tmp_path):
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "tts").symlink_to(tmp_path / "disk" / "deep")
-    train_tts.main(["--data", str(world.data), "--out", str(tmp_path / "runs" / "tts"), "--asr", "none", *TTS_FLAGS, "--steps", "1", "--eval-sentences", "0"])
+    train_tts.main(["--data", str(world.data), "--out", str(tmp_path / "runs" / "tts"), "--asr", "none", *TTS_FLAGS, "--steps", "1", "--warmup", "0", "--eval-sentences", "0"])
     for name in (tmp_path / "runs" / "tts", tmp_path / "disk" / "deep"):
         sample.load(str(name), None, "cpu")
 
@@ -315,7 +317,7 @@ def test_texts_with_more_bytes_than_frames_are_left_out(world, tmp_path, capsys,
     np.concatenate([np.linspace(0, 0.9, len(many.encode()), dtype="float32"), starts[len(many.encode()) - added :]]).tofile(data / "starts.bin")
     meta["starts"]["shape"][0] += added
     (data / "meta.json").write_text(json.dumps(meta))
-    train_tts.main(["--data", str(data), "--out", str(tmp_path / "tts"), "--asr", "none", *TTS_FLAGS, "--steps", "1", "--eval-sentences", "0"])
+    train_tts.main(["--data", str(data), "--out", str(tmp_path / "tts"), "--asr", "none", *TTS_FLAGS, "--steps", "1", "--warmup", "0", "--eval-sentences", "0"])
     out = capsys.readouterr().out
     assert f"1 clips are left out, whose texts have more bytes than the clips have latent frames, among them {lines[1][0]}" in out and "; 5 clips, " in out
     ref = ["--ref", world.corpus / "audio" / "3.wav", "--ref-text", "one small bird sang by the river this morning", "--out", tmp_path / "a.wav"]
@@ -513,7 +515,8 @@ def test_what_moved_is_named_with_its_flag(world, tmp_path, fails, monkeypatch):
     fails(train_tts.main, ["--data", "data/absent", "--out", "a"], "name the folder with --data")
     data = shutil.copytree(world.data, tmp_path / "data")
     meta = json.loads((data / "meta.json").read_text())
-    (data / "meta.json").write_text(json.dumps(meta | dict(latents=meta["latents"] | dict(vae="runs/absent"))))
+    name = next(name for name in meta if name.startswith("latents-"))
+    (data / "meta.json").write_text(json.dumps(meta | {name: meta[name] | dict(vae="runs/absent")}))
     fails(train_tts.main, ["--data", data, "--out", "b", *TTS_FLAGS], "no folder runs/absent", "--vae")
 
 

@@ -166,7 +166,7 @@ def test_whisper_searches_five_beams_in_the_language_it_is_told(languages, tmp_p
     evaluate.Recognizer.__call__(asr, [wave])
     asr.half = True
     asr([wave])
-    assert seen == [torch.float32, torch.float16]
+    assert seen[0] == torch.float32 and seen[-1] == torch.float16
     if languages:
         with pytest.raises(InputError, match="knows no --language xx, but de, en"):
             evaluate.Recognizer(str(tmp_path), "cpu", "xx")

@@ -249,7 +249,7 @@ def test_training_lowers_its_losses(world, tmp_path, narrow):
     for term, factor in (("mel", 0.8), ("teacher", 0.98)):
         told = [float(r[term]) for r in rows(tmp_path / "early")]
         assert told[-1] < factor * told[0], (term, told)
-    train_tts.main(TTS(world, tmp_path / "tts", steps=30, eval_every=30, log_every=5, warmup=3) + ["--align-hidden"])
+    train_tts.main(TTS(world, tmp_path / "tts", steps=30, eval_every=30, log_every=5, warmup=3, lr=2e-3) + ["--align-hidden"])
     valid = [float(r["valid_loss"]) for r in rows(tmp_path / "tts") if r["valid_loss"]]
     assert len(valid) == 2 and valid[-1] < 0.99 * valid[0], valid
     for term in ("durations", "hidden"):
