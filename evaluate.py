@@ -147,7 +147,9 @@ class Recognizer:
         self.model, self.device, self.identity = model.float().to(device).eval(), device, identity(name, config)
         self.half = half
         self.told, multilingual = {}, self.whisper and getattr(model.generation_config, "is_multilingual", True)
-        spoken = [token.strip("<|>") for token in getattr(model.generation_config, "lang_to_id", {})] if multilingual else ["en"] if self.whisper else LANGUAGES
+        spoken = ["en"] if self.whisper else LANGUAGES  # of a CTC model nobody knows: it is not told
+        if multilingual:
+            spoken = [token.strip("<|>") for token in getattr(model.generation_config, "lang_to_id", {})]
         if language not in spoken:
             raise InputError(f"{name} knows no --language {language}, but {', '.join(sorted(spoken))}")
         if multilingual:
@@ -339,7 +341,11 @@ def hear(path: Path, rate: int = 16000) -> np.ndarray:
     """A recording [T] that holds something to score."""
     wave = read_audio(path, rate)
     if not np.isfinite(wave).all() or len(wave) < 0.32 * rate or not loudness(wave, rate)[1]:
-        what = "holds non-finite samples" if not np.isfinite(wave).all() else f"holds {len(wave) / rate:.3f} s" if len(wave) < 0.32 * rate else "is silent"
+        what = "is silent"
+        if not np.isfinite(wave).all():
+            what = "holds non-finite samples"
+        elif len(wave) < 0.32 * rate:
+            what = f"holds {len(wave) / rate:.3f} s"
         raise InputError(f"{path} {what}, expected speech of at least 0.32 s: make it again, or take it out of --list")
     return wave
 
@@ -612,7 +618,7 @@ def main(argv=None):
     if args.report:
         rows = "".join(f"<tr>{''.join(f'<t{kind}>{html.escape(cell)}</t{kind}>' for cell in row)}</tr>" for kind, row in zip(["h", *"d" * len(systems)], table))
         write_report(args, f"<table>{rows}</table><p><small>{html.escape(signature)}</small></p>", systems, lines, found, rebuild, asr, device)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # NFS keeps a lock's file while it is open
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class DiTConfig:
     vae_hash: str = ""  # latents_hash() of the VAE whose latents these are
 
 
-# Training settings use the flags' names. "paper" is the paper's; "demo" runs on two CPU cores in minutes.
+# Training settings use the flags' names. "paper" is the paper's; "demo" runs on two CPU cores in an hour.
 PRESETS = {
     "demo": dict(
         vae=dict(encoder_dim=10, latent_dim=32, decoder_dim=192, decoder_rates=(5, 5, 4, 4), decoder_kernels=(9, 9, 8, 8),

@@ -69,7 +69,7 @@ FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG
 def start_ranks(wanted: str | None = None, patience: datetime.timedelta = PATIENCE):
     """(rank, world, device), joining the process group if torchrun started us. CPU ranks talk by gloo, GPUs by NCCL.
 
-    wanted: "cpu", where a GPU shall not be used. An NVIDIA GPU that is there and cannot be used, or is missing for a rank, is an
+    wanted: "cpu" where a GPU shall not be used, "cuda" where one must. An NVIDIA GPU that is there and cannot be used, or is missing for a rank, is an
     InputError: at a hundredth of the speed, a run would look as if all were well. patience: how long a rank waits for the others."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -78,7 +78,8 @@ def start_ranks(wanted: str | None = None, patience: datetime.timedelta = PATIEN
     if not hidden and not torch.cuda.is_available() and NVIDIA_DRIVER.exists():
         driver = NVIDIA_DRIVER.read_text(encoding="utf-8").splitlines()[0]
         raise InputError(f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use; its CUDA {torch.version.cuda} needs driver 580 or later, "
-                         f"found: {driver}: update it, install torch from a wheel index for an older CUDA, or give --device cpu")  # fmt: skip
+                         f"found: {driver}: update it, install torch from a wheel index for an older CUDA, or use the CPU with "
+                         "CUDA_VISIBLE_DEVICES= before the command (trainings: --device cpu)")  # fmt: skip
     device = torch.device("cpu") if hidden or not torch.cuda.is_available() else torch.device("cuda", local)
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -158,7 +159,7 @@ def cli(main) -> None:
         sys.exit(code)
     except (InputError, torch.OutOfMemoryError) as e:
         code = 2
-        flags = "--micro-batch (train_vae.py), --micro-seconds (train_tts.py), --batch-seconds (prepare.py) or --batch-size (sample.py)"
+        flags = "--micro-batch (train_vae.py), --micro-seconds (train_tts.py), --batch-seconds (prepare.py) or --batch-size (sample.py, evaluate.py)"
         message = f"error: {'' if isinstance(e, InputError) else f'the GPU is out of memory: lower {flags}: '}{e}"
         if int(os.environ.get("RANK", 0)):  # what all ranks find is said once, by the first; then torchrun ends the others as they wait
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -305,7 +306,8 @@ class Data:
         for name in need:
             if name not in self.meta:
                 remedy = {"ssl": "--ssl MODEL", "latents": "--vae RUN", "starts": "--aligner MODEL"}.get(name, "")
-                raise InputError(f"{folder} holds no {name}: run python prepare.py --out {folder} {remedy} first")
+                whose = f" of VAE {vae_hash}" if name == "latents" and vae_hash else ""
+                raise InputError(f"{folder} holds no {name}{whose}: run python prepare.py --out {folder} {remedy} first")
         try:
             index = self.folder / "index.tsv"
             lines = [line for _, line in read_lines(index)][1:]
@@ -886,7 +888,8 @@ def main(argv=None):
     rank, world, device = start_ranks()
     out, held = args.out, lock(args.out) if rank == 0 else None
     if args.download:
-        for turn in (rank == 0, rank > 0 and os.environ.get("LOCAL_RANK") == "0"):  # then once on every node that shares no disk with the first
+        # Once, and then once on every node that shares no disk with the first.
+        for turn in (rank == 0, rank > 0 and os.environ.get("LOCAL_RANK") == "0"):
             if turn:
                 download(args.download, args.download_to)
             barrier()

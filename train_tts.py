@@ -33,8 +33,8 @@ from evaluate import Recognizer, error_rates
 from model import PRESETS, DiT, DiTConfig, InputError, SemanticVAE, at_rate, conv_head, duration_loss, flow_matching_loss
 from prepare import DEMO, Data, at_least, cli, has_bfloat16, lock, start_ranks, write_wave
 from sample import Request, synthesize, to_bytes
-from train_vae import (DRAWS, ORDER, STALLED, Log, Means, Speed, Stop, check_run, compiled, first_step, forward_flops, guarded_step, leave_signals_to_the_trainer,
-                       load_state, read_args, save_args, save_run, stopped_at, update_ema)  # fmt: skip
+from train_vae import (DRAWS, ORDER, STALLED, Log, Means, Speed, Stop, check_run, compiled, first_step, forward_flops, guarded_step,
+                       leave_signals_to_the_trainer, load_state, read_args, save_args, save_run, stopped_at, update_ema)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------
 # Data: what a step sees is a pure function of (seed, step), whatever the ranks, workers and resumptions.
@@ -50,7 +50,8 @@ class Utterances(torch.utils.data.Dataset):
         latents = data.meta["latents"]
         self.mean, self.std = torch.tensor(latents["mean"]), torch.tensor(latents["std"])
         self.frames, self.rate = data.counts("latents"), data.rate / latents["hop"]
-        fits = {i: len(to_bytes(data.clips[i]["text"])) + (join > 1) <= self.frames[i] for i in self.clips}  # else the text would be cut in mid-word
+        # A text of more bytes than frames would be cut in mid-word; where clips are joined, a space stands between.
+        fits = {i: len(to_bytes(data.clips[i]["text"])) + (join > 1) <= self.frames[i] for i in self.clips}
         self.left_out = [i for i in fits if not fits[i]]
         self.clips = [i for i in fits if fits[i]]
         self.groups = max(1, int(sum(self.frames[i] for i in self.clips) / self.rate / batch_seconds))  # steps in an epoch
@@ -140,7 +141,9 @@ class MicroBatches:
 
     @staticmethod
     def cut(lengths: np.ndarray, count: int) -> np.ndarray:
-        """Bounds [count + 1] of parts in a row, at least one utterance each, of which the largest is as small as can be: ranks wait for it."""
+        """Bounds [count + 1] of parts in a row, at least one utterance each, the largest as small as can be: ranks wait for it.
+
+        lengths [examples] in frames, ascending; count <= examples."""
         ends = lengths.cumsum()
         room = max(lengths[-1], ends[-1] / count)
         while True:
@@ -165,7 +168,8 @@ class MicroBatches:
 
 class HiddenAlignment(nn.Module):
     """A-DMA (arXiv 2505.19595): heads on the DiT's hidden states, in training alone. What comes out of the 8th of 18 blocks shall tell the text
-    (CTC, weight 0.1), of the 12th the SSL features (1 − cosine, weight 1); other depths in proportion. The heads' norm sees a batch's padding: there alone micro-batches matter."""
+    (CTC, weight 0.1), of the 12th the SSL features (1 − cosine, weight 1); other depths in proportion.
+    The heads' norm sees a batch's padding: there alone micro-batches matter."""
 
     def __init__(self, dit: DiTConfig, ssl_dim: int, hidden: int = 2048):
         super().__init__()
@@ -267,13 +271,19 @@ def main(argv=None):
     place = dit.config.text_place if dit else args.text_place or PRESETS[args.preset or "demo"]["dit"].get("text_place", "left")
     if args.text_place not in (None, place):
         raise InputError(f"{source} has its text placed {place}, not {args.text_place}: drop --text-place")
-    vae_hash = getattr(args, "facts", {}).get("latents", "") if args.resume else SemanticVAE.from_pretrained(args.vae).latents_hash() if args.vae else ""
-    data = Data(args.data, ("audio", "latents") + ("starts",) * (place == "aligned") + ("ssl",) * args.align_hidden, vae_hash)
+    vae_hash = ""  # the newest latents
+    if args.resume:
+        vae_hash = dit.config.vae_hash
+    elif args.vae:
+        vae_hash = SemanticVAE.from_pretrained(args.vae).latents_hash()
+    need = ("audio", "latents") + ("starts",) * (place == "aligned") + ("ssl",) * args.align_hidden
+    data = Data(args.data, need, vae_hash)
     latents = data.meta["latents"]
     statistics = zlib.crc32(json.dumps([latents["mean"], latents["std"]]).encode())
     aligner = data.meta["starts"]["revision"] if place == "aligned" else None
     teacher = data.meta["ssl"] if args.align_hidden else None
-    check_run(args, data, device, latents=latents["vae_hash"], statistics=statistics, placement=place, aligner=aligner, teacher=teacher)
+    learns_from = dict(latents=latents["vae_hash"], statistics=statistics, placement=place, aligner=aligner, teacher=teacher)
+    check_run(args, data, device, **learns_from)
     torch.manual_seed(args.seed)
 
     # ---- data, and the VAE that will decode the samples: it must be the one that made the latents

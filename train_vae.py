@@ -214,7 +214,9 @@ def generator_losses(fake, real):
 # --------------------------------------------------------------------------------------------------------------
 # Data: crop number k of the whole training is a pure function of (seed, k), whatever the ranks, workers and resumptions.
 
-ORDER, DRAWS = 1, 2  # what a stream of random numbers is for stands before its seed: numpy pads seeds with zeros, [s, 1] and [s, 1, 0] are one
+# What a stream of random numbers is for stands before its seed: numpy pads seeds with zeros, so that [s, 1] and [s, 1, 0] are one stream.
+ORDER = 1
+DRAWS = 2
 
 class Crops(torch.utils.data.Dataset):
     """Crops of the training clips, with the SSL frames of the same moments and the noise that will sample their latents."""
@@ -331,7 +333,7 @@ def check_run(args, data: Data, device, **facts) -> None:
         raise InputError(f"{args.data} is not the demo's: choose a --preset: {', '.join(PRESETS)}")
     args.preset = args.preset or "demo"
     if device.type == "cpu" and args.preset != "demo" and args.device != "cpu":
-        raise InputError(f"--preset {args.preset} is made for GPUs, and none was found: --device cpu trains it on this CPU, which takes for ever")
+        raise InputError(f"--preset {args.preset} is made for GPUs, and none was found: --device cpu trains it on this CPU all the same, very slowly")
     warmup = getattr(args, "warmup", 0)
     if args.steps <= warmup:
         raise InputError(f"--steps {args.steps} ends within the --warmup of {warmup} steps: lower --warmup or raise --steps")
@@ -388,8 +390,8 @@ class Log:
 
     def __init__(self, path: Path, columns: list[str], step: int):
         self.path, self.columns = path, columns
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if step and path.exists() else ""  # a crash may leave a part of a line
-        rows = csv.DictReader(io.StringIO(whole))
+        found = path.read_text(encoding="utf-8") if step and path.exists() else ""
+        rows = csv.DictReader(io.StringIO(found.rpartition("\n")[0]))  # a crash may leave a part of a line
         text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in rows if int(r["step"]) <= step)])
         write_atomic(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
@@ -489,14 +491,16 @@ def compiled(module: nn.Module, wanted: bool, *example, parts=None):
         return module
     torch._dynamo.config.optimize_ddp = False  # would split graphs by DDP's buckets, and cannot where shapes are dynamic
     torch.fx.experimental._config.use_duck_shape = False  # sizes that agree in one batch may differ in the next
-    begun = time.time()
-    tqdm.write("compiling: the first step waits for it")
+    begun, first = time.time(), not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        tqdm.write("compiling: the first step waits for it")
     try:
         fast = module if parts else torch.compile(module, dynamic=False)
         for part in parts or ():
             part.compile(dynamic=True)
         torch.autograd.backward([y.sum() for y in tree_leaves(fast(*example)) if torch.is_tensor(y) and y.requires_grad])
-        tqdm.write(f"compiled in {time.time() - begun:.0f} s")
+        if first:
+            tqdm.write(f"compiled in {time.time() - begun:.0f} s")
         return fast
     except torch.OutOfMemoryError:
         raise
