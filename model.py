@@ -1,19 +1,17 @@
-"""Semantic-VAE (arXiv 2509.22167): the networks, the flow-matching objective and the sampler.
+"""Semantic-VAE (arXiv 2509.22167): the networks, their losses, the flow-matching objective and the sampler.
 
 Stage 1 is a speech VAE. Its alignment head pulls the latents towards the features of a frozen self-supervised (SSL)
-speech model. Stage 2 is a diffusion transformer (DiT, after F5-TTS) that learns to generate those latents from text and
-a prompt in any voice.
+speech model. Stage 2 is a diffusion transformer (DiT, after F5-TTS) that generates such latents from text and a prompt.
 
-    audio --encoder--> mean, logvar --sample--> z --decoder--> audio          stage 1: train_vae.py
+    audio --encoder--> mean, logvar --sample--> z --decoder--> audio             stage 1: train_vae.py
                                                 |
-    SSL features --alignment head--> target ----+ cosine                      training only
+    SSL features --alignment head--> target ----+ cosine                         in training only
 
     noise, prompt latents, text --DiT, 32 Euler steps--> z --decoder--> audio    stage 2: train_tts.py, sample.py
 
-Axes: B batch, T audio samples, N latent frames (T / hop), S SSL frames, C channels, D features, W width of the DiT, H heads, L bytes of text.
-Convolutions see [B, C, N]; attention, latents and everything between the two stages are [B, N, D]. Inside a network, N and D are its own.
-
-Parameters carry the names of the authors' release (VAE) and of F5-TTS (DiT), so a state dict needs no translation.
+Axes: B batch, T audio samples, N latent frames (T / hop), S SSL frames, C channels, D features, W width of the DiT,
+H heads, L bytes of text. Convolutions see [B, C, N]; attention and latents are [B, N, D]. Parameters carry the names of
+the authors' release (VAE) and of F5-TTS (DiT), so that published state dicts need no translation.
 """
 
 import contextlib
@@ -22,6 +20,7 @@ import importlib
 import json
 import math
 import os
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,11 +37,11 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 
 class InputError(Exception):
-    """A mistake in what the user gave: says what was found, what was expected and what mends it. Scripts exit with 2."""
+    """A mistake in the user's input: what was found, what was expected, what mends it. Scripts exit with code 2."""
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Settings. One frozen dataclass a network, one table of presets for networks and training.
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: one dataclass a network, one table of presets.
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,15 @@ class VAEConfig:
     """Stage 1. The defaults are the paper's: 40 latent frames a second of 64 dimensions at 16 kHz."""
 
     sample_rate: int = 16000
-    encoder_dim: int = 64  # channels after the first conv; doubled by every block
+    encoder_dim: int = 64  # channels after the first convolution; every block doubles them
     encoder_rates: tuple[int, ...] = (4, 4, 5, 5)
     latent_dim: int = 64
-    decoder_dim: int = 1024  # channels before the first upsampling; halved by every stage
+    decoder_dim: int = 1024  # channels before the first upsampling; every stage halves them
     decoder_rates: tuple[int, ...] = (5, 5, 2, 2, 2, 2)
     decoder_kernels: tuple[int, ...] = (9, 9, 4, 4, 4, 4)
     resblock_kernels: tuple[int, ...] = (3, 7, 11)
-    ssl_dim: int = 1024  # width of the features that the alignment head projects; 0 leaves the head out
-    ssl_layers: int = 1  # of how many layers side by side: more than 1 are mixed by learned weights
-    align: str = "down"  # features projected to the latent (the paper), or the latent "up" to the features
+    ssl_dim: int = 1024  # width of the SSL features; 0: no alignment head
+    align: str = "down"  # project the features to the latent (the paper), or the latent "up" to the features
     mel: bool = False  # the baseline: latent_dim log-mel bands in place of encoder and posterior
 
     @property
@@ -70,7 +68,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Stage 2. The defaults are the paper's (F5-TTS "small"). The last five fields tie a checkpoint to its data and VAE."""
+    """Stage 2. The defaults are the paper's (F5-TTS "small"). The last five fields tie it to its data and VAE."""
 
     latent_dim: int = 64
     width: int = 768
@@ -78,28 +76,28 @@ class DiTConfig:
     heads: int = 12
     ff_mult: int = 2
     text_symbols: int = 256  # UTF-8 bytes
-    vocabulary: str = ""  # or else these symbols, one a line (F5-TTS's vocab.txt): see sample.to_symbols
+    vocabulary: str = ""  # or these symbols, one a line (F5-TTS's vocab.txt): see sample.to_symbols
     text_dim: int = 512
     text_layers: int = 4
-    text_place: str = "left"  # where the text stands among the frames: left, even or aligned (see text_index)
+    text_place: str = "left"  # which frames the text is given to: left, even or aligned (see text_index)
     sample_rate: int = 16000
     hop: int = 400
-    text: str = "raw"  # how the training text was normalised: see prepare.normalize_text
-    max_seconds: float = 30.0  # the longest training utterance: prompt and target together must fit
-    vae_hash: str = ""  # latents_hash() of the VAE whose latents these are
+    text: str = "raw"  # normalisation of the training text: see prepare.normalize_text
+    max_seconds: float = 30.0  # the longest training example: prompt and target together must fit
+    vae_hash: str = ""  # latents_hash() of the VAE
 
 
-# Training settings use the flags' names. "paper" is the paper's; "demo" runs on two CPU cores in an hour.
+# Training settings carry the names of the flags. "demo" runs on two CPU cores in an hour; every default is the paper's.
 PRESETS = {
     "demo": dict(
-        vae=dict(encoder_dim=10, latent_dim=32, decoder_dim=192, decoder_rates=(5, 5, 4, 4), decoder_kernels=(9, 9, 8, 8),
-                 resblock_kernels=(7,)),
-        train_vae=dict(steps=8400, encoder_steps=5400, encoder_batch_seconds=9.6, batch_seconds=4.8, crop=1.2, micro_batch=8, lr=2e-3,
-                       lr_decay=0.9996, unit_latents=True, adv_start=7700, disc_width=0.125, ema=0.998, eval_every=300, eval_clips=8,
-                       log_every=50, compile=True),
+        vae=dict(encoder_dim=10, latent_dim=32, decoder_dim=192, decoder_rates=(5, 5, 4, 4),
+                 decoder_kernels=(9, 9, 8, 8), resblock_kernels=(7,)),
+        train_vae=dict(steps=8400, encoder_steps=5400, encoder_batch_seconds=9.6, batch_seconds=4.8, crop=1.2,
+                       micro_batch=8, lr=2e-3, lr_decay=0.9996, unit_latents=True, adv_start=7700, disc_width=0.125,
+                       ema=0.998, eval_every=300, eval_clips=8, log_every=50, compile=True),
         dit=dict(width=192, depth=6, heads=3, text_dim=96, text_place="aligned"),
-        train_tts=dict(steps=2000, lr=2e-3, warmup=100, join=2, batch_seconds=40, micro_seconds=80, ema=0.998, eval_every=250,
-                       eval_sentences=8, log_every=50, sample_steps=16, sample_cfg=3),
+        train_tts=dict(steps=2000, lr=2e-3, warmup=100, join=2, batch_seconds=40, micro_seconds=80, ema=0.998,
+                       eval_every=250, eval_sentences=8, log_every=50, sample_steps=16, sample_cfg=3),
     ),
     "small": dict(
         vae=dict(encoder_dim=32, decoder_dim=512),
@@ -107,45 +105,29 @@ PRESETS = {
         dit=dict(width=512, depth=12, heads=8, text_dim=256, text_place="aligned"),
         train_tts=dict(steps=200_000, lr=2e-4, warmup=5_000, batch_seconds=600, micro_seconds=640),
     ),
-    "paper": dict(vae={}, train_vae={}, dit={}, train_tts={}),  # every default is the paper's
-    "f5-mel": dict(  # F5-TTS's mel-spectrograms: for data at 24 kHz
+    "paper": dict(vae={}, train_vae={}, dit={}, train_tts={}),
+    "f5-mel": dict(  # F5-TTS's mel-spectrograms, for data at 24 kHz
         vae=dict(decoder_rates=(4, 4, 2, 2, 2, 2), decoder_kernels=(8, 8, 4, 4, 4, 4)),
         train_vae=dict(mel=True, latent_dim=100), dit={}, train_tts={},
-    ),  # fmt: skip
-}
+    ),
+}  # fmt: skip
 F5_MEL = VAEConfig(sample_rate=24000, latent_dim=100, ssl_dim=0, mel=True, **PRESETS["f5-mel"]["vae"])
 
 
 class Pretrained(nn.Module):
-    """A network that a folder with model.safetensors and config.json rebuilds. How files are read and written stands at the end."""
-
-    READERS = {"metainfo.json": "from_authors", "config.yaml": "from_vocos", "vocab.txt": "from_f5"}  # others' files
+    """A network that its folder rebuilds (model.safetensors and config.json). The files are handled at the end."""
 
     def save_pretrained(self, folder: str | Path, dtype=torch.float32, **notes) -> None:
-        """Write model.safetensors and, beside it, config.json with the class, its config and any further notes."""
-        folder = Path(folder)
-        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        write_atomic(folder / "model.safetensors", lambda p: save_file(tensors, p))
-        write_json(folder / "config.json", dict(model=type(self).__name__, config=asdict(self.config), **notes))
+        """Write the weights and, beside them, config.json with the class, its config and any further notes."""
+        save_network(self, Path(folder), dtype, notes)
 
     @classmethod
     def from_pretrained(cls, name: str | Path):
-        """The network in a folder (or hub id), in eval mode on the CPU. Raises InputError if anything does not fit."""
-        folder = local_folder(name)
-        for file, reader in cls.READERS.items():
-            if hasattr(cls, reader) and (folder / file).exists():
-                return getattr(cls, reader)(folder)
-        if not (folder / "config.json").exists():
-            raise InputError(f"{folder} holds no config.json (train_vae.py's, train_tts.py's) or vocab.txt (F5-TTS's)")
-        saved = read_json(folder / "config.json")
-        if saved.get("model") != cls.__name__:
-            raise InputError(f"{folder} holds a {saved.get('model')}, expected a {cls.__name__}")
-        tensors = load_torch(folder / "model.safetensors")
-        config = read_config(cls.__init__.__annotations__["config"], saved.get("config"), folder / "config.json", len(tensors))
-        return rebuild(cls, config, tensors, folder)
+        """The network in a folder or of a hub id, in eval mode on the CPU. Raises InputError if anything differs."""
+        return load_network(cls, name)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: the encoder (DAC, arXiv 2306.06546).
 
 
@@ -154,17 +136,8 @@ def conv(*args, **kwargs) -> nn.Module:
     return weight_norm(nn.Conv1d(*args, **kwargs))
 
 
-def fold_weight_norm(module: nn.Module) -> nn.Module:
-    """For inference: every weight as it is after normalisation, no longer computed anew in each pass. Changes state_dict's names."""
-    for part in list(module.modules()):
-        if is_parametrized(part, "weight"):
-            remove_parametrizations(part, "weight")
-    return module
-
-
 class Snake(nn.Module):
-    """x + sin²(αx)/α, with one α a channel (arXiv 2006.08195). Voiced speech is periodic: a network of ReLUs has to put periods together from
-    pieces, this one has them built in."""
+    """x + sin²(αx)/α with one α a channel (arXiv 2006.08195): voiced speech is periodic, so the network should be."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -175,53 +148,52 @@ class Snake(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """x + conv₁(snake(conv₇(snake(x)))), the wide one dilated."""
+    """x + conv₁(snake(conv₇(snake(x)))), the wide convolution dilated."""
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
-        self.block = nn.Sequential(
-            Snake(channels), conv(channels, channels, 7, dilation=dilation, padding=3 * dilation),
-            Snake(channels), conv(channels, channels, 1))  # fmt: skip
+        wide = conv(channels, channels, 7, dilation=dilation, padding=3 * dilation)
+        self.block = nn.Sequential(Snake(channels), wide, Snake(channels), conv(channels, channels, 1))
 
     def forward(self, x):  # [B, C, N]
         return x + self.block(x)
 
 
 class EncoderBlock(nn.Module):
-    """Three residual units, then a strided conv that doubles the channels."""
+    """Three residual units, then a strided convolution that doubles the channels."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
-        self.block = nn.Sequential(
-            ResidualUnit(channels, 1), ResidualUnit(channels, 3), ResidualUnit(channels, 9), Snake(channels),
-            conv(channels, 2 * channels, 2 * stride, stride, padding=math.ceil(stride / 2)))  # fmt: skip
+        units = [ResidualUnit(channels, dilation) for dilation in (1, 3, 9)]
+        down = conv(channels, 2 * channels, 2 * stride, stride, padding=math.ceil(stride / 2))
+        self.block = nn.Sequential(*units, Snake(channels), down)
 
     def forward(self, x):  # [B, C, N]
         return self.block(x)  # [B, 2C, N / stride]
 
 
 class Encoder(nn.Module):
-    """Block after block shortens the audio by its rate: 4 · 4 · 5 · 5 = 400 samples become a frame of 16 · `channels`."""
+    """Each block shortens the audio by its rate: 4 · 4 · 5 · 5 = 400 samples become a frame of 16 · `channels`."""
 
     def __init__(self, channels: int, rates: tuple[int, ...]):
         super().__init__()
         blocks = [EncoderBlock(channels * 2**i, rate) for i, rate in enumerate(rates)]
         self.out_channels = channels * 2 ** len(rates)
-        self.block = nn.Sequential(
-            conv(1, channels, 7, padding=3), *blocks,
-            Snake(self.out_channels), conv(self.out_channels, self.out_channels, 3, padding=1))  # fmt: skip
+        last = conv(self.out_channels, self.out_channels, 3, padding=1)
+        self.block = nn.Sequential(conv(1, channels, 7, padding=3), *blocks, Snake(self.out_channels), last)
 
     def forward(self, wave):  # [B, 1, T]
         return self.block(wave)  # [B, C, N]
 
 
 class LogMel(nn.Module):
-    """F5-TTS's frames in place of an encoder, without parameters: log of mel magnitudes (HTK scale), clamped at 1e-5, of
-    windows of 1024 samples centred on every hop-th sample."""
+    """F5-TTS's frames, in place of an encoder: log of mel magnitudes (HTK scale), clamped at 1e-5, of windows of 1024
+    samples centred on every hop-th sample. No parameters."""
 
     def __init__(self, sample_rate: int, bands: int, hop: int, window: int = 1024):
         super().__init__()
-        self.window, self.hop = window, hop
+        self.window = window
+        self.hop = hop
         with torch.device("cpu"):
             bank = torchaudio.functional.melscale_fbanks(window // 2 + 1, 0, sample_rate / 2, bands, sample_rate).T
         self.register_buffer("bank", bank, persistent=False)
@@ -229,17 +201,17 @@ class LogMel(nn.Module):
     def forward(self, wave):  # [B, 1, T]
         hann = torch.hann_window(self.window, device=wave.device)
         with torch.autocast(wave.device.type, enabled=False):
-            magnitude = torch.stft(wave[:, 0].float(), self.window, self.hop, window=hann, return_complex=True).abs()
-            return (self.bank @ magnitude[..., :-1]).clamp(min=1e-5).log()  # [B, bands, N]
+            spectrum = torch.stft(wave[:, 0].float(), self.window, self.hop, window=hann, return_complex=True)
+            return (self.bank @ spectrum.abs()[..., :-1]).clamp(min=1e-5).log()  # [B, bands, N]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: from the encoder's features to a latent.
 
 
 class CausalAttention(nn.Module):
-    """y = W · pool(mean over the heads h of softmax(qₕkₕᵀ/√d + causal mask) vₕ): from a wide input to a narrow output, heads are averaged and
-    pooled, not concatenated."""
+    """y = W · pool(mean over heads h of softmax(qₕkₕᵀ/√d + causal mask) vₕ). From a wide input to a narrow output:
+    heads are averaged and pooled, not concatenated."""
 
     def __init__(self, dim: int, out_dim: int, heads: int = 8):
         super().__init__()
@@ -250,7 +222,7 @@ class CausalAttention(nn.Module):
         self.proj = nn.Linear(out_dim, out_dim)
 
     def forward(self, x):  # [B, N, D]
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # a bias of the keys would cancel in the softmax
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # a key's bias cancels in softmax
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).mean(1)  # [B, N, D/H]
@@ -263,7 +235,9 @@ class GatedMLP(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.w0, self.w1, self.w2 = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.w0 = nn.Linear(dim, 2 * dim)
+        self.w1 = nn.Linear(dim, 2 * dim)
+        self.w2 = nn.Linear(2 * dim, dim)
 
     def forward(self, x):  # [B, N, D]
         v = self.norm(x)
@@ -273,40 +247,45 @@ class GatedMLP(nn.Module):
 class AttentionProjection(nn.Module):
     """From the encoder's width to the latent's: y = proj(LN₃ x) + attn(LN₁ x), then y + mlp(LN₂ y).
 
-    Causal, so that a latent frame never depends on how much speech follows it beyond the convolutions' reach: but for its
-    last dozen frames, a prompt has the same latents alone as with speech behind it."""
+    Causal, so that latents hardly depend on the speech after them: but for its last dozen frames, a prompt has the same
+    latents alone as with speech after it."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim), CausalAttention(dim, out_dim)
-        self.norm3, self.proj = nn.LayerNorm(dim), nn.Linear(dim, out_dim)
-        self.norm2, self.mlp = nn.LayerNorm(out_dim), GatedMLP(out_dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = CausalAttention(dim, out_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.proj = nn.Linear(dim, out_dim)
+        self.norm2 = nn.LayerNorm(out_dim)
+        self.mlp = GatedMLP(out_dim)
 
     def forward(self, x):  # [B, N, D]
         y = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
         return y + self.mlp(self.norm2(y))  # [B, N, out]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: the decoder (BigVGAN-v2, arXiv 2206.04658), which first needs resampling by two.
 
 
 def lowpass() -> torch.Tensor:
-    """Kaiser-windowed sinc [1, 1, 12] with cut-off at half of the band and unit sum."""
-    window = torch.kaiser_window(12, periodic=False, beta=0.1102 * (2.285 * 5 * math.pi * 4 * 0.3 + 7.95 - 8.7), dtype=torch.float64)
-    filter = window * torch.sinc(0.5 * (torch.arange(12, dtype=torch.float64) - 5.5))
-    return (filter / filter.sum()).float()[None, None]
+    """Kaiser-windowed sinc [1, 1, 12] with its cut-off at half of the band and a sum of 1."""
+    beta = 0.1102 * (2.285 * 5 * math.pi * 4 * 0.3 + 7.95 - 8.7)
+    window = torch.kaiser_window(12, periodic=False, beta=beta, dtype=torch.float64)
+    taps = window * torch.sinc(0.5 * (torch.arange(12, dtype=torch.float64) - 5.5))
+    return (taps / taps.sum()).float()[None, None]
 
 
 class Stencil(torch.autograd.Function):
     """y[n] = Σᵢ taps[i] · x[n + i], the same for all channels: [B, C, N] → [B, C, N - len(taps) + 1].
 
-    A sum of shifted inputs is what a compiler turns into one pass over memory. Its gradient is written down since it is a
-    stencil again, the taps reversed, where autograd would scatter the slice of each tap into zeros of its own."""
+    A compiler turns a sum of shifted inputs into one pass over memory. The gradient is written out, since it is a
+    stencil too, with the taps reversed; autograd would scatter the slice of each tap into zeros of its own."""
 
     @staticmethod
     def forward(ctx, x, taps):
-        ctx.taps, n = taps, x.shape[-1] - len(taps) + 1
+        ctx.taps = taps
+        n = x.shape[-1] - len(taps) + 1
         (i, tap), *others = ((i, tap) for i, tap in enumerate(taps) if tap)
         y = tap * x[..., i : i + n]
         for i, tap in others:
@@ -320,19 +299,19 @@ class Stencil(torch.autograd.Function):
 
 
 def extend(x, first, last, left: int, right: int):
-    """x [B, C, N] with `first` [B, C, 1] repeated before it, `last` after it. Unlike F.pad's clamped indices, compiles to plain copies."""
+    """x [B, C, N] with `first` [B, C, 1] repeated before it and `last` after it; compiles to copies, unlike F.pad."""
     return torch.cat([first.expand(-1, -1, left), x, last.expand(-1, -1, right)], dim=-1)  # [B, C, left + N + right]
 
 
 TAPS = tuple(lowpass().flatten().tolist())
-DOWN_EVEN, DOWN_ODD = TAPS[1::2], TAPS[0::2]  # weights of the 2x signal's even and odd samples in an output
-# Weights of the inputs in those: the filter, which is symmetric, twice as high, since every other sample is a zero put between. A 0 is added, so
-# that both stencils read the same 7 inputs.
-UP_EVEN, UP_ODD = (*(2 * f for f in DOWN_ODD), 0.0), (0.0, *(2 * f for f in DOWN_EVEN))
+DOWN_EVEN = TAPS[1::2]  # weights of the 2x signal's even samples in an output
+DOWN_ODD = TAPS[0::2]
+UP_EVEN = (*(2 * tap for tap in DOWN_ODD), 0.0)  # twice as high: every other sample is a zero put between
+UP_ODD = (0.0, *(2 * tap for tap in DOWN_EVEN))  # with a 0, so that both stencils read the same 7 inputs
 
 
 class SnakeBeta(nn.Module):
-    """x + sin²(eᵅx)/eᵝ, one α and β a channel (BigVGAN-v2)."""
+    """x + sin²(eᵅx)/eᵝ with one α and β a channel (BigVGAN-v2)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -340,17 +319,18 @@ class SnakeBeta(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):  # [B, C, N]
-        alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
+        alpha = self.alpha.exp()[:, None]
+        beta = self.beta.exp()[:, None]
         return x + (alpha * x).sin().square() * (beta + 1e-9).reciprocal()
 
 
 class AntiAliasedSnake(nn.Module):
-    """down₂(SnakeBeta(up₂(x))): the harmonics that an activation adds would, above half the rate, fold back to wrong and audible
-    frequencies. At twice the rate they are filtered out first.
+    """down₂(SnakeBeta(up₂(x))): the harmonics that an activation adds above half the rate would fold back to wrong,
+    audible frequencies. At twice the rate they are filtered out first.
 
-    up₂(x) = 2 · filter ∗ (x with zeros between), down₂(y) = every other sample of filter ∗ y. Both are stencils: the 2x signal's even
-    and odd samples are 6-tap sums of inputs, and each output is a 12-tap sum over both. The interleaved 2x signal is never
-    formed. tests/plain.py holds the convolution form that this equals."""
+    up₂(x) = 2 · filter ∗ (x with zeros between), down₂(y) = every other sample of filter ∗ y. Both are stencils: the 2x
+    signal's even and odd samples are 6-tap sums of inputs, and an output is a 12-tap sum over both. The interleaved 2x
+    signal is never formed. tests/plain.py holds the convolutions that this equals."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -358,9 +338,12 @@ class AntiAliasedSnake(nn.Module):
 
     def forward(self, x):  # [B, C, N]
         x = extend(x, x[..., :1], x[..., -1:], 3, 3)
-        even, odd = self.act(Stencil.apply(x, UP_EVEN)), self.act(Stencil.apply(x, UP_ODD))  # [B, C, N] each
-        first, last = even[..., :1], odd[..., -1:]  # the 2x signal's ends, replicated
-        return Stencil.apply(extend(even, first, last, 2, 3), DOWN_EVEN) + Stencil.apply(extend(odd, first, last, 3, 2), DOWN_ODD)
+        even = self.act(Stencil.apply(x, UP_EVEN))  # [B, C, N]
+        odd = self.act(Stencil.apply(x, UP_ODD))
+        first = even[..., :1]  # the 2x signal's ends are replicated
+        last = odd[..., -1:]
+        down = Stencil.apply(extend(even, first, last, 2, 3), DOWN_EVEN)
+        return down + Stencil.apply(extend(odd, first, last, 3, 2), DOWN_ODD)  # [B, C, N]
 
 
 class AMPBlock(nn.Module):
@@ -368,9 +351,9 @@ class AMPBlock(nn.Module):
 
     def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...] = (1, 3, 5)):
         super().__init__()
-        same = lambda d: conv(channels, channels, kernel, dilation=d, padding=d * (kernel - 1) // 2)
-        self.convs1 = nn.ModuleList(same(d) for d in dilations)
-        self.convs2 = nn.ModuleList(same(1) for _ in dilations)
+        half = (kernel - 1) // 2
+        self.convs1 = nn.ModuleList(conv(channels, channels, kernel, dilation=d, padding=d * half) for d in dilations)
+        self.convs2 = nn.ModuleList(conv(channels, channels, kernel, padding=half) for _ in dilations)
         self.activations = nn.ModuleList(AntiAliasedSnake(channels) for _ in range(2 * len(dilations)))
 
     def forward(self, x):  # [B, C, N]
@@ -380,13 +363,14 @@ class AMPBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Stage after stage: upsample, then (1/K) Σₖ AMPₖ(x), the mean of AMP blocks with K kernels."""
+    """Each stage upsamples, then takes the mean of AMP blocks of different kernels."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels = config.decoder_dim
         self.conv_pre = conv(config.latent_dim, channels, 7, padding=3)
-        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        self.ups = nn.ModuleList()
+        self.resblocks = nn.ModuleList()
         for rate, kernel in zip(config.decoder_rates, config.decoder_kernels):
             up = nn.ConvTranspose1d(channels, channels // 2, kernel, rate, padding=(kernel - rate) // 2)
             self.ups.append(nn.ModuleList([weight_norm(up)]))
@@ -401,34 +385,19 @@ class Decoder(nn.Module):
         for i, (up,) in enumerate(self.ups):
             x = up(x)  # [B, C/2, N · rate]
             x = sum(block(x) for block in self.resblocks[i * kernels : (i + 1) * kernels]) / kernels
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the waveform itself to eight bits
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the waveform to eight bits
             return self.conv_post(self.activation_post(x.float())).clamp(-1, 1)  # [B, 1, T]
 
 
-class Vocos(nn.Module):
-    """The vocoder of the library of that name (arXiv 2306.00814), with the settings of its config.yaml."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        vocos = importlib.import_module("vocos")
-        self.backbone = vocos.models.VocosBackbone(**config["backbone"]["init_args"])
-        self.head = vocos.heads.ISTFTHead(**config["head"]["init_args"])
-
-    def forward(self, mel):  # [B, bands, N]
-        mel = F.pad(mel, (0, 1), mode="replicate")  # N hops have N + 1 ends, and Vocos has a frame at each
-        return self.head(self.backbone(mel))[:, None]  # [B, 1, N · hop]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Stage 1: the alignment.
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 1: the alignment, and the other losses of the VAE itself.
 
 
 def conv_head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Three convolutions on [B, inputs, N], the head with which the authors project features: → [B, outputs, N]."""
-    return nn.Sequential(
-        nn.Conv1d(inputs, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
-        nn.Conv1d(hidden, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish(),
-        nn.Conv1d(hidden, outputs, 1))  # fmt: skip
+    """Three convolutions, the head with which the authors project features: [B, inputs, N] → [B, outputs, N]."""
+    first = nn.Conv1d(inputs, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish()
+    second = nn.Conv1d(hidden, hidden, 3, padding=1), nn.GroupNorm(1, hidden), nn.Mish()
+    return nn.Sequential(*first, *second, nn.Conv1d(hidden, outputs, 1))
 
 
 def at_rate(features, frames: int):
@@ -436,65 +405,124 @@ def at_rate(features, frames: int):
     return F.interpolate(features.mT, frames, mode="linear", align_corners=False).mT
 
 
-class AlignmentHead(nn.Module):
-    """The two vectors a frame that alignment makes alike. SSL features are interpolated to the latent's frame rate and projected *down* to its
-    width (the paper; the layers are the authors'), so that latents can be predicted from the features.
-
-    `up` projects the latent to the features' width (VA-VAE, arXiv 2501.01423), so that the features can be predicted from the latents."""
-
-    def __init__(self, ssl_dim: int, latent_dim: int, layers: int = 1, up: bool = False):
-        super().__init__()
-        self.up = up
-        self.mix = nn.Parameter(torch.zeros(layers)) if layers > 1 else None
-        self.model = nn.Linear(latent_dim, ssl_dim, bias=False) if up else conv_head(ssl_dim, 2 * latent_dim, latent_dim)
-
-    def forward(self, z, features):  # [B, N, latent], [B, S, layers · ssl_dim]
-        if self.mix is not None:  # a weighted sum of the layers (SUPERB, arXiv 2105.01051)
-            features = self.mix.softmax(0) @ features.unflatten(-1, (len(self.mix), -1))  # [B, S, ssl_dim]
-        features = at_rate(features, z.shape[1])  # [B, N, ssl_dim]
-        return (self.model(z).float(), features.float()) if self.up else (z, self.model(features.mT).mT.float())
-
-
 def alignment_loss(z, target, valid=None):
-    """−cos(z, target) over the features, mean over the valid frames, mean over the batch (the paper's alignment loss).
+    """The paper's −cos(z, target), averaged over an utterance's valid frames, then over the batch.
 
-    z is the *sampled* latent [B, N, D], which is what decoder and DiT will see: noise that drowned its direction would cost. target is the
-    head's output, valid [B, N] marks real frames (all, if None). Both sides move: the gradient reaches the encoder through z
-    and the head through target; the SSL model is frozen."""
-    cosine = F.cosine_similarity(z, target, dim=-1)  # [B, N]
-    valid = torch.ones_like(cosine) if valid is None else valid
-    return -((cosine * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()
+    z is the *sampled* latent [B, N, D], which decoder and DiT will see: noise that drowned its direction would cost.
+    target is the head's projection of the SSL features, valid [B, N] marks real frames (None: all). The gradient reaches
+    the encoder through z and the head through target; the SSL model is frozen."""
+    return -masked_mean(F.cosine_similarity(z, target, dim=-1), valid).mean()
 
 
-def upward_alignment_loss(z, projected, features, valid, margin: float = 0.5, pair_margin: float = 0.25):
-    """mean ReLU(1 − m₁ − cos(Wzᵢ, fᵢ)) + mean ReLU(|cos(zᵢ, zⱼ) − cos(fᵢ, fⱼ)| − m₂), over the valid frames i and pairs i, j of an
-    utterance, mean over the utterances (VA-VAE, arXiv 2501.01423, section 3). z [B, N, D]; projected Wz and features f [B, N, ssl_dim]; valid [B, N]."""
-    unit = lambda x: F.normalize(x, dim=-1)
-    frames = F.relu(1 - margin - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
-    pairs = F.relu((unit(z) @ unit(z).mT - unit(features) @ unit(features).mT).abs() - pair_margin)  # [B, N, N]
-    both = valid[:, :, None] & valid[:, None]
-    frames = (frames * valid).sum(1) / valid.sum(1).clamp(min=1)  # [B]
-    pairs = (pairs * both).sum((1, 2)) / both.sum((1, 2)).clamp(min=1)  # [B]
-    return (frames + pairs).mean()
+class AlignmentHead(nn.Module):
+    """SSL features, interpolated to the latents' frame rate and projected *down* to their width: latents become
+    predictable from the features (the paper; the layers are the authors')."""
+
+    def __init__(self, ssl_dim: int, latent_dim: int):
+        super().__init__()
+        self.model = conv_head(ssl_dim, 2 * latent_dim, latent_dim)
+
+    def project(self, features, frames: int):  # [B, S, ssl_dim]
+        return self.model(at_rate(features, frames).mT).mT.float()  # [B, frames, latent]
+
+    def forward(self, z, features, valid=None):
+        """z [B, N, latent]; features [B, S, ssl_dim]; valid [B, N] → the loss, a scalar."""
+        return alignment_loss(z, self.project(features, z.shape[1]), valid)
+
+
+class UpwardAlignmentHead(nn.Module):
+    """VA-VAE's loss (arXiv 2501.01423, section 3): the latent is projected *up* to the features, so that the features
+    become predictable from the latents. Over frames i, and pairs of frames i, j, of an utterance:
+
+    mean ReLU(1 − m₁ − cos(Wzᵢ, fᵢ)) + mean ReLU(|cos(zᵢ, zⱼ) − cos(fᵢ, fⱼ)| − m₂)"""
+
+    def __init__(self, ssl_dim: int, latent_dim: int, margin: float = 0.5, pair_margin: float = 0.25):
+        super().__init__()
+        self.margin = margin
+        self.pair_margin = pair_margin
+        self.model = nn.Linear(latent_dim, ssl_dim, bias=False)
+
+    def forward(self, z, features, valid=None):
+        """z [B, N, latent]; features [B, S, ssl_dim]; valid [B, N] → the loss, a scalar."""
+        features = at_rate(features, z.shape[1]).float()  # [B, N, ssl_dim]
+        frames = F.relu(1 - self.margin - F.cosine_similarity(self.model(z).float(), features, dim=-1))  # [B, N]
+        unit_z = F.normalize(z, dim=-1)
+        unit_f = F.normalize(features, dim=-1)
+        with torch.autocast(z.device.type, enabled=False):
+            pairs = F.relu((unit_z @ unit_z.mT - unit_f @ unit_f.mT).abs() - self.pair_margin)  # [B, N, N]
+        both = None if valid is None else (valid[:, :, None] & valid[:, None]).flatten(1)
+        return (masked_mean(frames, valid) + masked_mean(pairs.flatten(1), both)).mean()
+
+
+def masked_mean(x, valid=None):
+    """Mean of x [B, N] over the valid entries of each row: [B]. valid [B, N]; None: all."""
+    if valid is None:
+        return x.mean(1)
+    return (x * valid).sum(1) / valid.sum(1).clamp(min=1)
 
 
 def kl_loss(mean, logvar):
-    """KL(q(z|x) ‖ N(0, 1)): summed over the features, mean over batch and frames (VAE, arXiv 1312.6114). The 1e-6 is the authors'.
+    """KL(q(z|x) ‖ N(0, 1)): summed over the features, averaged over batch and frames (VAE, arXiv 1312.6114). The 1e-6
+    is the authors'.
 
-    It keeps latents bounded and their neighbours alike, so that a DiT's small errors stay small. Its weight is small too: at 1, what the decoder
-    needs would be smoothed away."""
+    It keeps latents bounded and smooth, so that a DiT's small errors stay small. Its weight is small too: at 1, what
+    the decoder needs would be smoothed away."""
     return -0.5 * (1 + logvar - mean.square() - (logvar.exp() + 1e-6)).sum(-1).mean()
 
 
-# --------------------------------------------------------------------------------------------------------------
+def stft(wave, window: int):
+    """[B, T] → complex [B, window / 2 + 1, frames]: periodic Hann window, hop of a quarter, centred, reflect
+    padding."""
+    hann = torch.hann_window(window, device=wave.device)
+    return torch.stft(wave.float(), window, window // 4, window=hann, return_complex=True)
+
+
+class MelDistance(nn.Module):
+    """L1 between log10 mel magnitudes at seven scales, summed (DAC's multi-scale mel loss), in float32. Short windows
+    see when something sounds, long ones at which pitch; logarithms, since loudness is heard in ratios."""
+
+    def __init__(self, sample_rate: int):
+        super().__init__()
+        self.mels = nn.ModuleList()
+        with warnings.catch_warnings():  # short windows leave some narrow filters empty, as in the reference
+            warnings.simplefilter("ignore")
+            for window, bands in zip((32, 64, 128, 256, 512, 1024, 2048), (5, 10, 20, 40, 80, 160, 320)):
+                options = dict(hop_length=window // 4, n_mels=bands, power=1, norm="slaney", mel_scale="slaney")
+                self.mels.append(torchaudio.transforms.MelSpectrogram(sample_rate, window, **options))
+
+    def scales(self, x, y) -> list[torch.Tensor]:
+        """Two waves [B, T] → one scalar a scale."""
+        distances = []
+        for mel in self.mels:
+            a = mel(x.float()).clamp(min=1e-5).log10()
+            b = mel(y.float()).clamp(min=1e-5).log10()
+            distances.append(F.l1_loss(a, b))
+        return distances
+
+    def forward(self, x, y):
+        return sum(self.scales(x, y))
+
+
+def stft_distance(x, y):
+    """Logged, not trained on: L1 of log10 power plus L1 of magnitude, for windows of 2048 and 512. x, y [B, T]."""
+    total = 0
+    for window in (2048, 512):
+        a = stft(x, window).abs()
+        b = stft(y, window).abs()
+        log_power = F.l1_loss(a.clamp(min=1e-5).square().log10(), b.clamp(min=1e-5).square().log10())
+        total = total + log_power + F.l1_loss(a, b)
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: the VAE.
 
 
 class SemanticVAE(Pretrained):
-    """The speech VAE, with the alignment head beside it."""
+    """The speech VAE, with its alignment head."""
 
-    BEHIND_LATENTS = ("decoder.", "projectors.")  # the weights that no latent depends on
-    CONTEXT = 32  # latent frames on either side are more than any sample depends on, with the paper's kernels (tests/test_model.py)
+    AFTER_LATENTS = ("decoder.", "projectors.")  # the weights that no latent depends on
+    CONTEXT = 32  # more latent frames on either side than any sample depends on (tests/test_model.py)
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -503,16 +531,17 @@ class SemanticVAE(Pretrained):
             self.encoder = LogMel(config.sample_rate, config.latent_dim, config.hop)
         else:
             if math.prod(config.encoder_rates) != config.hop:
-                raise InputError(f"encoder_rates {config.encoder_rates} make frames of {math.prod(config.encoder_rates)} samples, decoder_rates {config.decoder_rates} of {config.hop}")
+                raise InputError(f"encoder_rates {config.encoder_rates} make frames of other than {config.hop} samples")
             self.encoder = Encoder(config.encoder_dim, config.encoder_rates)
             self.pre_block = AttentionProjection(self.encoder.out_channels, config.latent_dim)
             self.fc_mu = nn.Linear(config.latent_dim, config.latent_dim)
             self.fc_var = nn.Linear(config.latent_dim, config.latent_dim)
         self.decoder = Decoder(config)
-        self.projectors = AlignmentHead(config.ssl_dim, config.latent_dim, config.ssl_layers, config.align == "up") if config.ssl_dim else None
+        head = UpwardAlignmentHead if config.align == "up" else AlignmentHead
+        self.projectors = head(config.ssl_dim, config.latent_dim) if config.ssl_dim else None
 
     def encode(self, wave):
-        """Audio [B, T] → mean, logvar, each [B, N, D] with N = ceil(T / hop). The last frame is filled up with silence."""
+        """Audio [B, T] → mean, logvar, each [B, N, D] with N = ceil(T / hop). Silence fills the last frame up."""
         wave = F.pad(wave, (0, -wave.shape[-1] % self.config.hop))
         x = self.encoder(wave[:, None]).transpose(1, 2)  # [B, N, C]
         if self.config.mel:
@@ -524,95 +553,62 @@ class SemanticVAE(Pretrained):
         return self.fc_mu(x).float(), self.fc_var(x).float().clamp(-12, 12)
 
     def decode(self, z, samples: int | None = None):
-        """Latents [B, N, D] → audio [B, samples], float32 within [-1, 1]; N · hop samples if not told."""
+        """Latents [B, N, D] → float32 audio [B, samples] within [-1, 1]; by default all N · hop samples."""
         return self.decoder(z.transpose(1, 2))[:, 0, :samples].float()  # [B, T]
 
-    def decode_in_pieces(self, z, piece: int = 400, context: int = CONTEXT):
-        """decode(z), `piece` frames at a time, so that memory does not grow with the length."""
-        waves = []
-        for start in range(0, z.shape[1], piece):
-            left = min(start, context)
-            wave = self.decode(z[:, start - left : start + piece + context])
-            waves.append(wave[:, left * self.config.hop : (left + piece) * self.config.hop])
-        return torch.cat(waves, dim=1)  # [B, N · hop]
+    def forward(self, wave, noise, features=None, valid=None):
+        """One training pass: audio [B, T], noise [B, N, D], SSL features [B, S, ssl_dim], valid [B, N] → reconstruction
+        [B, T], and the losses on the latents by name: kl, and align where there are features."""
+        z, losses = self.sample_posterior(wave, noise, features, valid)
+        return self.decode(z, wave.shape[-1]), losses
 
-    def forward(self, wave, noise, features=None):
-        """One training pass: audio [B, T], noise [B, N, D], SSL features [B, S, ssl_layers · ssl_dim] → reconstruction [B, T], sampled
-        latents z, mean, logvar, all [B, N, D], and (if there are features) the two that are to be aligned."""
+    def sample_posterior(self, wave, noise, features=None, valid=None):
+        """The arguments of forward → sampled latents z [B, N, D], and the losses on them by name."""
         mean, logvar = self.encode(wave)
         z = mean + noise * (0.5 * logvar).exp()
-        aligned = self.projectors(z, features) if features is not None else None
-        return self.decode(z, wave.shape[-1]), z, mean, logvar, aligned
+        losses = {}
+        if not self.config.mel:
+            losses["kl"] = kl_loss(mean, logvar)
+        if features is not None:
+            losses["align"] = self.projectors(z, features, valid)
+        return z, losses
 
     def content_hash(self, without: tuple[str, ...] = ("projectors.",)) -> str:
-        """Names these weights (less the alignment head, which no sound depends on) in 16 hex digits: for tables of scores."""
-        silent = ("ssl_dim", "ssl_layers", "align")  # the alignment head's
-        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name not in silent and getattr(self.config, f.name) != f.default}
-        digest = hashlib.sha256(json.dumps(settings).encode())  # without the defaults, so that a new setting renames nothing
+        """Names these weights, less the alignment head's, in 16 hex digits: for tables of scores."""
+        settings = {}  # without the defaults, so that a new setting renames nothing
+        for field in fields(self.config):
+            value = getattr(self.config, field.name)
+            if field.name not in ("ssl_dim", "align") and value != field.default:
+                settings[field.name] = value
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for name, value in sorted(self.state_dict().items()):
             if not name.startswith(without):
                 digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def latents_hash(self) -> str:
-        """Names the latents: VAEs that differ in their decoder's weights alone (train_vae.py --encoder-lr 0) can decode each other's."""
-        return self.content_hash(without=self.BEHIND_LATENTS)
-
-    @classmethod
-    def from_authors(cls, folder: Path):
-        """The authors' weights, every key accounted for by name and shape; sizes are read off the shapes."""
-        path = folder / "dac" / "ema_state_dict.pth"
-        path = path if path.exists() else folder / "dac" / "weights.pth"
-        tensors = load_torch(path)
-        try:
-            tensors = tensors.get("state_dict", tensors)
-            tensors = {k.removeprefix("ema_model."): v for k, v in tensors.items() if k not in ("initted", "step")}  # the EMA's own counters
-            first, head = tensors["encoder.block.0.bias"], tensors.get("projectors.model.0.weight")
-            config = VAEConfig(encoder_dim=len(first), latent_dim=len(tensors["fc_mu.bias"]), ssl_dim=0 if head is None else head.shape[1],
-                               decoder_dim=len(tensors["decoder.conv_pre.bias"]))  # fmt: skip
-            for kind, expected in (("filter", lowpass()), ("zero_k_bias", torch.zeros(1))):  # buffers that we compute: only checked
-                for name in [k for k in tensors if k.endswith(kind)]:
-                    if not torch.allclose(tensors.pop(name).float(), expected, atol=1e-6):
-                        raise InputError(f"{path}: {name} differs from the {kind} this model computes")
-            return rebuild(cls, config, tensors, path)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
-            raise InputError(f"{path} is not the authors' release: {type(e).__name__} {e}") from e
-
-    @classmethod
-    def from_vocos(cls, folder: Path):
-        """F5-TTS's frames, and Vocos as it is published for their decoder: used, not trained."""
-        package("vocos", "to decode F5-TTS's frames")
-        tensors = load_torch(folder / "pytorch_model.bin")
-        try:
-            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            frames = config["feature_extractor"]["init_args"]
-            if frames != dict(sample_rate=24000, n_fft=1024, hop_length=256, n_mels=100, padding="center"):
-                raise InputError(f"{folder} decodes {frames}, not F5-TTS's frames: expected charactr/vocos-mel-24khz")
-            with torch.device("meta"):  # the decoder that is replaced; nothing else has weights
-                vae = cls(F5_MEL)
-            tensors = {k: v for k, v in tensors.items() if not k.startswith("feature_extractor.")}  # LogMel's part
-            vae.decoder = rebuild(Vocos, config, tensors, folder)
-            return vae.eval()
-        except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as e:
-            raise InputError(f"{folder} does not hold Vocos: {' '.join(repr(e).split())}") from e
+        """Names the latents. VAEs that differ in their decoders alone share it, and can decode each other's latents."""
+        return self.content_hash(without=self.AFTER_LATENTS)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Stage 2: the DiT, which reads text, ...
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2: the DiT reads text …
 
 
 def angles(position, dim: int):
-    """Positions [N] → [N, dim / 2]: position · 10000^(−2i / dim), for sinusoidal and rotary positions (arXiv 1706.03762, 2104.09864)."""
+    """Positions [N] → [N, dim / 2]: position · 10000^(−2i / dim) (arXiv 1706.03762, 2104.09864)."""
     return position[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, device=position.device) / dim)
 
 
 def text_index(place: str, starts, counts, lengths, frames: int):
-    """Which byte of the text each frame gets, [B, frames] (behind the end of the text: filler).
+    """Which byte of the text each frame gets: [B, frames]. Frames past the end of the text get padding.
 
-    left     byte i stands at frame i, whatever is said there (F5-TTS): the DiT has to find out.
-    even     each of n bytes gets frames // n frames, the last (frames % n) bytes one more (average upsampling, ZipVoice, arXiv
-             2506.13053): near the diagonal on which speech runs.
-    aligned  from its start in the speech to the next byte's: starts [B, L] in frames, ascending, infinite behind the text.
+    left     frame i gets byte i, whatever is said there (F5-TTS): the DiT has to find out.
+    even     each of n bytes gets frames // n frames, the last (frames % n) bytes one more (average upsampling,
+    ZipVoice,
+             arXiv 2506.13053): close to where it is said.
+    aligned  from the byte's start in the speech to the next byte's: starts [B, L] in frames, ascending, infinite after
+             the text.
 
     counts [B] <= lengths [B]: bytes and frames of each utterance."""
     frame = torch.arange(frames, device=lengths.device)
@@ -623,19 +619,19 @@ def text_index(place: str, starts, counts, lengths, frames: int):
         return (torch.searchsorted(starts, middle.contiguous(), right=True) - 1).clamp(min=0)
     n = counts.clamp(min=1)[:, None]
     each = (lengths[:, None] // n).clamp(min=1)
-    last = lengths[:, None] - 1 - frame  # the same index counted from the end; the smaller of the two is right
+    last = lengths[:, None] - 1 - frame  # the index counted from the end; the smaller of both is right
     return torch.minimum(frame // each, n - 1 - last // (each + 1))
 
 
 class GlobalResponseNorm(nn.Module):
-    """γ · (x · n) + β + x, where n is each channel's norm over the frames, relative to the mean channel."""
+    """γ · (x · n) + β + x, with n the norm of each channel over the frames relative to the mean channel's."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, dim))
 
-    def forward(self, x, inside):  # [B, N, D]; inside [B, N, 1] keeps a batch's padding out of the norm
+    def forward(self, x, inside):  # [B, N, D]; inside [B, N, 1] keeps padding out of the norm
         norm = (x * inside).norm(dim=1, keepdim=True)  # [B, 1, D]
         return self.gamma * (x * (norm / (norm.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
 
@@ -647,18 +643,21 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pwconv1, self.grn, self.pwconv2 = nn.Linear(dim, 2 * dim), GlobalResponseNorm(2 * dim), nn.Linear(2 * dim, dim)
+        self.pwconv1 = nn.Linear(dim, 2 * dim)
+        self.grn = GlobalResponseNorm(2 * dim)
+        self.pwconv2 = nn.Linear(2 * dim, dim)
 
     def forward(self, x, inside):  # [B, N, D]
         y = self.norm(self.dwconv(x.transpose(1, 2)).transpose(1, 2))
-        return x + self.pwconv2(self.grn(F.gelu(self.pwconv1(y)), inside))  # 2D between the two linear layers
+        y = F.gelu(self.pwconv1(y))  # [B, N, 2D]
+        return x + self.pwconv2(self.grn(y, inside))
 
 
 class TextEmbedding(nn.Module):
-    """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, then each byte's vector to its frames.
+    """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, then each byte's vector to its
+    frames.
 
-    Text is shorter than speech: behind its end stand zeros. Dropped, each byte becomes the filler, a vector learned for this
-    alone (row 0): length and placement stay known."""
+    Dropped text becomes the filler (row 0), a vector learned for this alone: its length and placement stay known."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -667,8 +666,8 @@ class TextEmbedding(nn.Module):
         self.text_blocks = nn.ModuleList(ConvNeXtBlock(config.text_dim) for _ in range(config.text_layers))
 
     def forward(self, text, lengths, frames: int, drop=None, starts=None):
-        """text [B, L] of symbols, -1 behind its end; lengths [B] in frames; drop [B] bool; starts [B, L] where each symbol begins, in
-        frames, for aligned placement alone → [B, frames, text_dim]."""
+        """text [B, L] of symbols, padded with -1; lengths [B] in frames; drop [B] bool; starts [B, L] where each symbol
+        begins, in frames (aligned placement only) → [B, frames, text_dim]."""
         text = F.pad(text + 1, (0, frames - text.shape[1]))  # [B, N], padded or cut
         frame = torch.arange(frames, device=text.device)
         inside = frame < lengths[:, None]  # [B, N]
@@ -676,7 +675,8 @@ class TextEmbedding(nn.Module):
         if drop is not None:
             text = text.masked_fill(drop[:, None], 0)
         angle = angles(frame, self.text_embed.embedding_dim)  # [N, D/2]
-        x = (self.text_embed(text) + torch.cat([angle.cos(), angle.sin()], dim=-1)) * has_text[..., None]  # [B, N, D]
+        position = torch.cat([angle.cos(), angle.sin()], dim=-1)  # [N, D]
+        x = (self.text_embed(text) + position) * has_text[..., None]  # [B, N, D]
         for block in self.text_blocks:
             x = block(x, inside[..., None]) * has_text[..., None]
         index = text_index(self.place, starts, has_text.sum(1), lengths, frames).clamp(max=frames - 1)  # [B, N]
@@ -684,9 +684,8 @@ class TextEmbedding(nn.Module):
 
 
 class DurationPredictor(nn.Module):
-    """How long each byte lasts, for text that nobody has spoken yet: the logarithm of its duration relative to its neighbours'.
-
-    Only ratios matter: the prompt, whose length is known, sets the rate (see sample.plan)."""
+    """The logarithm of each byte's duration, up to a constant: the prompt, whose length is known, sets the rate (see
+    sample.plan). It places text that nobody has spoken yet."""
 
     def __init__(self, symbols: int, width: int = 128):
         super().__init__()
@@ -694,7 +693,7 @@ class DurationPredictor(nn.Module):
         self.convs = nn.ModuleList(nn.Conv1d(c, width, 5, padding=2) for c in (width // 2, width, width))
         self.out = nn.Linear(width, 1)
 
-    def forward(self, text):  # [B, L], -1 behind its end
+    def forward(self, text):  # [B, L], padded with -1
         inside = (text >= 0)[:, None]  # [B, 1, L]
         x = self.embed(text + 1).mT  # [B, C, L]
         for conv in self.convs:
@@ -703,36 +702,38 @@ class DurationPredictor(nn.Module):
 
 
 def duration_loss(predicted, text, starts, lengths):
-    """|log duration − predicted|, both relative to their utterance's mean, mean over the bytes that last: [B].
+    """|log duration − predicted|, both relative to their utterance's mean, averaged over the bytes with a duration:
+    [B].
 
-    predicted and text [B, L]; starts [B, L] and lengths [B] in frames. A byte lasts from its start to the next one's."""
-    starts = torch.minimum(starts, lengths[:, None])  # infinite behind the text
+    predicted and text [B, L]; starts [B, L] and lengths [B] in frames. A byte lasts until the next one starts."""
+    starts = torch.minimum(starts, lengths[:, None])  # infinite after the text
     duration = torch.cat([starts[:, 1:], lengths[:, None]], dim=1) - starts  # [B, L]
     lasts = (text >= 0) & (duration > 0)  # the space between two joined clips does not
-    count = lasts.sum(1, keepdim=True).clamp(min=1)
     error = duration.clamp(min=1e-3).log() - predicted
-    error = error - (error * lasts).sum(1, keepdim=True) / count
-    return (error.abs() * lasts).sum(1) / count[:, 0]
+    error = error - masked_mean(error, lasts)[:, None]
+    return masked_mean(error.abs(), lasts)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# ... and fills in latents (F5-TTS, arXiv 2410.06885).
+# ----------------------------------------------------------------------------------------------------------------------
+# … and fills in latents (F5-TTS, arXiv 2410.06885).
 
 
 class InputEmbedding(nn.Module):
-    """Noised latents, prompt and text, side by side: x = linear(…), then x + two grouped convolutions, which mark each frame's place among its neighbours."""
+    """x = linear(noised latents, prompt, text), then x + two grouped convolutions, which give relative positions."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.proj = nn.Linear(2 * config.latent_dim + config.text_dim, config.width)
-        grouped = lambda: nn.Conv1d(config.width, config.width, 31, padding=15, groups=16)
-        self.conv_pos_embed = nn.ModuleDict(dict(conv1d=nn.Sequential(grouped(), nn.Mish(), grouped(), nn.Mish())))
+        first, second = (nn.Conv1d(config.width, config.width, 31, padding=15, groups=16) for _ in range(2))
+        self.conv_pos_embed = nn.ModuleDict(dict(conv1d=nn.Sequential(first, nn.Mish(), second, nn.Mish())))
 
     def forward(self, x, prompt, text, inside):  # [B, N, latent] twice, [B, N, text_dim], [B, N, 1]
         x = self.proj(torch.cat([x, prompt, text], dim=-1))  # [B, N, W]
         first, mish, second, _ = self.conv_pos_embed["conv1d"]
-        y, inside = (x * inside).transpose(1, 2), inside.transpose(1, 2)  # [B, W, N]; padding is zeroed around each convolution
-        y = mish(second(mish(first(y)) * inside)) * inside
+        inside = inside.transpose(1, 2)  # [B, 1, N]
+        y = x.transpose(1, 2) * inside  # [B, W, N]; padding is zeroed before each convolution
+        y = mish(first(y)) * inside
+        y = mish(second(y)) * inside
         return x + y.transpose(1, 2)
 
 
@@ -744,16 +745,18 @@ class TimeEmbedding(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):  # [B]
-        angle = t[:, None] * (1000 * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 127))  # [B, 128]
+        frequency = 1000 * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 127)
+        angle = t[:, None] * frequency  # [B, 128]
         return self.time_mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))  # [B, W]
 
 
 class Modulation(nn.Module):
-    """Adaptive LayerNorm (AdaLN, arXiv 2212.09748): `chunks` vectors [B, 1, W] from the time embedding: shifts, scales and gates."""
+    """Adaptive LayerNorm (AdaLN, arXiv 2212.09748): shifts, scales and gates [B, 1, W] from the time embedding."""
 
     def __init__(self, width: int, chunks: int):
         super().__init__()
-        self.linear, self.chunks = nn.Linear(width, chunks * width), chunks
+        self.chunks = chunks
+        self.linear = nn.Linear(width, chunks * width)
 
     def forward(self, t):  # [B, W]
         return self.linear(F.silu(t))[:, None].chunk(self.chunks, dim=-1)
@@ -767,27 +770,33 @@ def modulate(x, shift, scale):
 def rotate(x, angle):
     """Rotary position (arXiv 2104.09864): turn each adjacent pair of channels of x [B, N, H, D] by angle [N, D/2]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle[:, None].cos(), angle[:, None].sin()
+    cos = angle[:, None].cos()
+    sin = angle[:, None].sin()
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
-    """softmax(R(q) R(k)ᵀ / √d) v over the frames inside, R the rotary position, in every head.
+    """softmax(R(q) R(k)ᵀ / √d) v over the frames inside, with R the rotary position, in every head.
 
-    Padding is masked, so that an utterance comes out the same in any batch. attn_mask would rule the fastest kernels out, and its backward
-    pass, compiled for dynamic lengths, fails at the second length (torch 2.11). Instead q, k and v get eight more channels (those kernels
-    want multiples of 8): 1 in q, 0 in v, and in k 0 or, behind the end, −10,000, which no softmax lets through."""
+    Padding is masked, so that an utterance's result is the same in any batch. attn_mask would rule out the fastest
+    kernels, and its compiled backward pass fails for dynamic lengths (torch 2.11). Instead q, k and v get eight more
+    channels (those kernels want multiples of 8): 1 in q, 0 in v, and in k 0 or, for padding, −10,000."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x, angle, inside):  # [B, N, W]; angle [N, W/H/2]; inside [B, N, 1]
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.to_q, self.to_k, self.to_v))  # [B, N, H, W/H]
-        size, penalty = q.shape[-1], ((~inside) * -1e4)[..., None].expand(-1, -1, self.heads, 8).type_as(k)
-        q, k, v = torch.cat([rotate(q, angle), torch.ones_like(penalty)], -1), torch.cat([rotate(k, angle), penalty], -1), F.pad(v, (0, 8))
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.to_q, self.to_k, self.to_v))
+        size = q.shape[-1]
+        penalty = ((~inside) * -1e4)[..., None].expand(-1, -1, self.heads, 8).type_as(k)  # [B, N, H, 8]
+        q = torch.cat([rotate(q, angle), torch.ones_like(penalty)], dim=-1)  # [B, N, H, W/H + 8]
+        k = torch.cat([rotate(k, angle), penalty], dim=-1)
+        v = F.pad(v, (0, 8))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, N, W/H + 8]
         y = F.scaled_dot_product_attention(q, k, v, scale=size**-0.5)[..., :size]
         return self.to_out(y.transpose(1, 2).flatten(2))  # [B, N, W]
@@ -798,17 +807,17 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, mult: int):
         super().__init__()
-        self.ff = nn.Sequential(
-            nn.Sequential(nn.Linear(width, mult * width), nn.GELU(approximate="tanh")),
-            nn.Identity(),  # a dropout in F5-TTS: keeps the parameters' names
-            nn.Linear(mult * width, width))  # fmt: skip
+        hidden = nn.Sequential(nn.Linear(width, mult * width), nn.GELU(approximate="tanh"))
+        dropout = nn.Identity()  # F5-TTS's, which keeps the parameters' names
+        self.ff = nn.Sequential(hidden, dropout, nn.Linear(mult * width, width))
 
     def forward(self, x):  # [B, N, W]
         return self.ff(x)
 
 
 class DiTBlock(nn.Module):
-    """x += g₁ · attention(LN(x)(1 + s₁) + b₁), then x += g₂ · feed-forward(LN(x)(1 + s₂) + b₂), with (b, s, g) = AdaLN(t)."""
+    """x += g₁ · attention(LN(x)(1 + s₁) + b₁), then x += g₂ · feed-forward(LN(x)(1 + s₂) + b₂); (b, s, g) =
+    AdaLN(t)."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -828,91 +837,60 @@ class DiT(Pretrained):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
+        check_text(config)
         self.time_embed = TimeEmbedding(config.width)
         self.text_embed = TextEmbedding(config)
         self.input_embed = InputEmbedding(config)
         self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.norm_out = Modulation(config.width, 2)
         self.proj_out = nn.Linear(config.width, config.latent_dim)
-        if config.text_place not in ("left", "even", "aligned"):
-            raise InputError(f"text_place is {config.text_place!r}, expected left, even or aligned")
-        if (lines := config.vocabulary.split("\n")) != [""] and (len(lines), lines[0]) != (config.text_symbols, " "):
-            raise InputError(f"its vocabulary has {len(lines)} lines, the first {lines[0]!r}, expected "
-                             f"{config.text_symbols}, the first ' ': take the vocab.txt of its training")  # fmt: skip
         self.durations = DurationPredictor(config.text_symbols) if config.text_place == "aligned" else None
-        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))  # of the VAE's latents, over the training split
+        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))  # over the training split
         self.register_buffer("latent_std", torch.ones(config.latent_dim))
-        # Zero AdaLN and output: at first every block is the identity, and the velocity 0, so that a deep network starts
-        # stable and each block adds its share as it learns one. All else, but for GRN, is PyTorch's default.
-        for linear in [self.norm_out.linear, self.proj_out] + [b.attn_norm.linear for b in self.transformer_blocks]:
+        # Zero AdaLN and output: at first every block is the identity and the velocity 0, so that a deep network starts
+        # stable. All else, but for GRN, is PyTorch's default.
+        for linear in [self.norm_out.linear, self.proj_out, *(b.attn_norm.linear for b in self.transformer_blocks)]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    @classmethod
-    def from_f5(cls, folder: Path):
-        """F5-TTS's averaged weights, every key accounted for by name and shape; sizes are read off the shapes."""
-        if "F5TTS_Base" in folder.resolve().name:  # the weights' names and shapes do not tell
-            raise InputError(f"{folder} is an old base (one head rotary, text padding not masked): use F5TTS_v1_Base")
-        if len(paths := [*folder.glob("model_*.safetensors")] or [*folder.glob("model_*.pt")]) != 1:
-            raise InputError(f"{folder} holds {len(paths)} model_*.safetensors (or .pt), expected one: move the rest")
-        tensors = load_torch(paths[0])
-        try:
-            tensors = tensors.get("ema_model_state_dict", tensors)  # of a whole training state; "_orig_mod.": compiled
-            tensors = {k.replace("_orig_mod.", "").removeprefix("ema_model."): v for k, v in tensors.items()}
-            for name in ("initted", "step", "update", "transformer.rotary_embed.inv_freq"):  # counters; what we compute
-                tensors.pop(name, None)
-            tensors = {k.removeprefix("transformer."): v for k, v in tensors.items() if not k.startswith("mel_spec.")}
-            rows, text_dim = tensors["text_embed.text_embed.weight"].shape
-            width = len(tensors["norm_out.linear.bias"]) // 2
-            with torch.device("meta"):  # the frames' name depends on no weights
-                vae_hash = SemanticVAE(F5_MEL).latents_hash()
-            config = DiTConfig(
-                latent_dim=100, sample_rate=24000, hop=256, max_seconds=24.0, vae_hash=vae_hash,  # half is the prompt's
-                width=width, heads=width // 64, depth=sum(k.endswith(".attn.to_q.bias") for k in tensors),
-                ff_mult=len(tensors["transformer_blocks.0.ff.ff.0.0.bias"]) // width, text_dim=text_dim,
-                text_symbols=rows - 1, vocabulary=(folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n"),
-                text_layers=sum(k.endswith(".dwconv.bias") for k in tensors))  # fmt: skip
-            tensors |= dict(latent_mean=torch.zeros(100), latent_std=torch.ones(100))  # its frames are used as they are
-            return rebuild(cls, config, tensors, folder)
-        except (ArithmeticError, AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as e:
-            raise InputError(f"{folder} does not hold what F5-TTS publishes: {type(e).__name__} {e}") from e
-
     def standardize(self, z):
-        """The VAE's latents [..., D] → zero mean, unit variance a channel: of the noise's size, and every channel of the same weight in the loss."""
+        """Latents [..., D] → zero mean and unit variance a channel: the noise's size, and all channels weigh alike."""
         return (z - self.latent_mean) / self.latent_std
 
     def destandardize(self, x):
         return x * self.latent_std + self.latent_mean
 
     def forward(self, x, prompt, text, t, lengths, read: tuple[int, ...] = ()):
-        """Velocity [B, N, D] at time t [B] of noised latents x, prompt latents (zero elsewhere), both [B, N, D], and
-        text [B, N, text_dim] from `text_embed`. lengths [B] in frames: what lies behind is ignored, and what comes out there means nothing.
-        Where blocks are to be read: a tuple of the velocity and of what comes out of each of these, [B, N, W]."""
+        """Velocity [B, N, D] at time t [B] of noised latents x, given prompt latents (zero elsewhere), both [B, N, D],
+        and text [B, N, text_dim] from `text_embed`. lengths [B] in frames: what is after them is padding.
+
+        `read` names blocks whose outputs [B, N, W] are returned too, as (velocity, *outputs)."""
         frame = torch.arange(x.shape[1], device=x.device)
-        inside = frame < lengths[:, None]  # [B, N]
+        inside = (frame < lengths[:, None])[..., None]  # [B, N, 1]
         angle = angles(frame, self.config.width // self.config.heads)  # [N, W/H/2]
         t = self.time_embed(t)  # [B, W]
-        x = self.input_embed(x, prompt, text, inside[..., None]).float()  # [B, N, W]; blocks add to it in float32, whatever they compute in
+        x = self.input_embed(x, prompt, text, inside).float()  # [B, N, W]; blocks add to it in float32
         states = []
         for block in self.transformer_blocks:
-            x = block(x, t, angle, inside[..., None])
+            x = block(x, t, angle, inside)
             states.append(x)
         scale, shift = self.norm_out(t)
         velocity = self.proj_out(modulate(x, shift, scale))  # [B, N, latent]
         return (velocity, *(states[i] for i in read)) if read else velocity
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Flow matching (arXiv 2210.02747), as text-guided speech infilling (Voicebox, arXiv 2306.15687).
 
 
 def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None, read=()):
-    """‖v(x_t, t) − (x − noise)‖² over the span, x_t = (1 − t) · noise + t · x: at t = 0 noise, at t = 1 data, and between them the constant
-    velocity of the straight path. Sum over the span's frames (mean over features), and the number of those frames.
+    """‖v(x_t, t) − (x − noise)‖² over the span, with x_t = (1 − t) · noise + t · x: noise at t = 0, data at t = 1, and
+    a straight path of constant velocity between them.
 
-    x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths [B];
-    drop_* [B] bool where prompt or text is hidden, so that the network learns the velocity without them too; starts [B, L] where the
-    bytes begin, for aligned text. Returns two scalars, to be divided over the whole (global) batch, and the states of the blocks in `read`."""
+    x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths
+    [B]; drop_* [B] bool where prompt or text is hidden, so that the velocity without them is learned too; starts [B, L]
+    for aligned text. Returns the sum over the span's frames (mean over features) and the number of those frames, both
+    to be divided over the whole (global) batch, then the outputs of the blocks in `read`."""
     x_t = (1 - t)[:, None, None] * noise + t[:, None, None] * x
     prompt = x.masked_fill((span | drop_prompt[:, None])[..., None], 0)
     embedded = dit.text_embed(text, lengths, x.shape[1], drop_text, starts)
@@ -922,7 +900,7 @@ def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_
     return ((error * span).sum(), span.sum(), *states)
 
 
-# Few steps are best spent near the noise: these are places on a grid of 32 (EPSS, arXiv 2505.19931).
+# A few steps are best spent near the noise: these are places on a grid of 32 (EPSS, arXiv 2505.19931).
 EPSS = {
     7: (0, 2, 4, 6, 8, 16, 24, 32),
     10: (0, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32),
@@ -931,46 +909,49 @@ EPSS = {
 
 
 def time_steps(steps: int, sway: float) -> list[float]:
-    """The times 0 … 1 between which the flow is integrated, steps + 1 of them. Sway (F5-TTS), t ← t + sway · (cos(πt/2) − 1 + t), makes steps
-    smaller near the noise where it is negative: there it is decided what will be said where, and errors cost most."""
-    even = [i / 32 for i in EPSS[steps]] if steps in EPSS else [i / steps for i in range(steps + 1)]
-    return [t + sway * (math.cos(math.pi / 2 * t) - 1 + t) for t in even]
+    """The steps + 1 times between which the flow is integrated, from 0 to 1. Sway (F5-TTS) maps t to
+    t + sway · (cos(πt/2) − 1 + t): negative, it shortens the steps near the noise, where it is decided what is said
+    where."""
+    times = [i / 32 for i in EPSS[steps]] if steps in EPSS else [i / steps for i in range(steps + 1)]
+    return [t + sway * (math.cos(math.pi / 2 * t) - 1 + t) for t in times]
 
 
 @torch.no_grad()
-def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0, sway=-1.0, starts=None, cfg_until=1.0):
+def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0, sway=-1.0, starts=None):
     """Integrate the flow by Euler's method from `noise` to latents, both [B, N, D] and standardised.
 
     prompt [B, N, D] holds each prompt's latents in its first prompt_lengths frames; text [B, L] is prompt and target
-    text, starts [B, L] where its bytes begin, for aligned text; lengths [B] prompt and target frames. Guidance (arXiv 2207.12598) goes
-    beyond what prompt and text ask for: v + cfg · (v − v without them), at times before cfg_until. The prompt is written over the result."""
+    text, starts [B, L] where its bytes begin (aligned text); lengths [B] prompt and target frames. Guidance (arXiv
+    2207.12598) goes beyond the velocity with prompt and text, v + cfg · (v − v without them).
+    The prompt is written over the result."""
     given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
     prompt = prompt * given
-    nobody = torch.zeros_like(lengths, dtype=torch.bool)
-    embedded = dit.text_embed(text, lengths, noise.shape[1], nobody, starts)
-    if cfg:  # one batch of two: with and without prompt and text
-        without = dit.text_embed(text, lengths, noise.shape[1], ~nobody, starts)
+    keep = torch.zeros_like(lengths, dtype=torch.bool)
+    embedded = dit.text_embed(text, lengths, noise.shape[1], keep, starts)
+    if cfg:  # one batch of two halves: with and without prompt and text
+        without = dit.text_embed(text, lengths, noise.shape[1], ~keep, starts)
         both = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([embedded, without])
     times = time_steps(steps, sway)
     x = noise
-    for now, after in zip(times[:-1], times[1:]):
+    for now, following in zip(times[:-1], times[1:]):
         t = torch.full((len(x),), now, device=x.device)
-        if cfg and now < cfg_until:
+        if cfg:
             v = dit(torch.cat([x, x]), *both, torch.cat([t, t]), torch.cat([lengths, lengths]))
             v, without = v.float().chunk(2)
             v = v + cfg * (v - without)
         else:
             v = dit(x, prompt, embedded, t, lengths).float()
-        x = x + (after - now) * v
+        x = x + (following - now) * v
     return torch.where(given, prompt, x)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Files. What cannot be read or written, or does not fit, is an InputError; nothing is ever left half-written.
+# ======================================================================================================================
+# You can stop here. Above is the method; below are files. What cannot be read or written, or does not fit, is an
+# InputError; no file is ever left half-written.
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call write(temporary path), flush it to the disk, then rename: `path` is always whole, old or new. Failing is an InputError."""
+    """Call write(temporary path), flush it to the disk, then rename: `path` is always whole, old or new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -978,15 +959,18 @@ def write_atomic(path: Path, write) -> None:
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk as Python, torch and soundfile, and safetensors report it
+    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk, as Python, torch, safetensors say
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise InputError(f"cannot write {path}: {str(e).splitlines()[0]}; what was there before is whole") from e
 
 
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value) -> None:
-    """Lists, names and numbers as a JSON file, written whole."""
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2), encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2))
 
 
 def read_json(path: Path) -> dict:
@@ -1003,9 +987,11 @@ def read_json(path: Path) -> dict:
 def load_torch(path: Path) -> dict:
     """What torch.save or safetensors wrote: tensors and numbers by name, never code. Anything else is an InputError."""
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            raise ValueError("its entries are compressed, which torch.save never does")  # a small file could unfold to any size
-        return (load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)) | {}
+            raise ValueError("its entries are compressed, which torch.save never does")  # they may unfold to any size
+        return torch.load(path, "cpu", weights_only=True) | {}
     except Exception as e:  # torch raises many kinds
         raise InputError(f"cannot read {path}: {(str(e) or repr(e)).splitlines()[0]}; copy the file anew") from e
 
@@ -1018,56 +1004,201 @@ def package(name: str, purpose: str):
         raise InputError(f"{name} is needed {purpose}, and cannot be imported ({e}): run pip install {name}") from e
 
 
-HERE = (".", "/", "data/", "demo/", "downloads/", "runs/")  # how paths of ours begin, for which the hub is never asked
+LOCAL = (".", "/", "data/", "demo/", "downloads/", "runs/")  # beginnings of paths, for which the hub is never asked
 
 
 def local_folder(name: str | Path) -> Path:
-    """A folder on this disk, or a hub id such as zkniu/Semantic-VAE/semantic_vae, which is downloaded."""
+    """A folder on this disk, or one of a hub id such as zkniu/Semantic-VAE/semantic_vae, which is downloaded."""
     if Path(name).is_dir():
         return Path(name)
     parts = str(name).split("/")
-    if len(parts) < 2 or str(name).startswith(HERE) or Path(parts[0]).exists():
-        raise InputError(f"no folder {name} (expected a checkpoint folder, or a hub id such as zkniu/Semantic-VAE/semantic_vae): "
-                         "if it was moved, name it with its flag: --vae, --tts or --init")  # fmt: skip
+    if len(parts) < 2 or str(name).startswith(LOCAL) or Path(parts[0]).exists():
+        raise InputError(f"no folder {name} (expected a checkpoint folder, or a hub id such as "
+                         "zkniu/Semantic-VAE/semantic_vae): if it was moved, name it with its flag: --vae, --tts or "
+                         "--init")
     from huggingface_hub import snapshot_download
 
-    repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
+    repository = "/".join(parts[:2])
+    subfolder = "/".join(parts[2:])
     try:
-        where = snapshot_download(repository, allow_patterns=[f"{subfolder}/**"] if subfolder else None)
-        os.listdir(Path(where) / subfolder)  # it may hold no such folder, or none that was downloaded before
-    except Exception as e:  # the hub's own errors are many; each means that the name led nowhere
-        raise InputError(f"no folder {name} here, none from the hub: {(str(e) or repr(e)).splitlines()[0]}") from e
-    return Path(where) / subfolder
+        folder = Path(snapshot_download(repository, allow_patterns=[f"{subfolder}/**"] if subfolder else None))
+        os.listdir(folder / subfolder)  # it may hold no such folder, or none that was downloaded before
+    except Exception as e:  # the hub's errors are many; each means that the name led nowhere
+        raise InputError(f"no folder {name} here, none on the hub: {(str(e) or repr(e)).splitlines()[0]}") from e
+    return folder / subfolder
+
+
+def save_network(network: nn.Module, folder: Path, dtype, notes: dict) -> None:
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
+    write_atomic(folder / "model.safetensors", lambda p: save_file(tensors, p))
+    write_json(folder / "config.json", dict(model=type(network).__name__, config=asdict(network.config), **notes))
+
+
+def load_network(kind, name: str | Path):
+    """A checkpoint of ours; the authors' release and Vocos for a SemanticVAE; F5-TTS's for a DiT."""
+    folder = local_folder(name)
+    foreign = {
+        (SemanticVAE, "metainfo.json"): from_authors,
+        (SemanticVAE, "config.yaml"): from_vocos,
+        (DiT, "vocab.txt"): from_f5,
+    }
+    for (reads, file), reader in foreign.items():
+        if kind is reads and (folder / file).exists():
+            return reader(folder)
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no config.json (train_vae.py's, train_tts.py's) or vocab.txt (F5-TTS's)")
+    saved = read_json(folder / "config.json")
+    if saved.get("model") != kind.__name__:
+        raise InputError(f"{folder} holds a {saved.get('model')}, expected a {kind.__name__}")
+    tensors = load_torch(folder / "model.safetensors")
+    config_class = kind.__init__.__annotations__["config"]
+    config = read_config(config_class, saved.get("config"), folder / "config.json", len(tensors))
+    return rebuild(kind, config, tensors, folder)
 
 
 def read_config(config_class, values, path: Path, most: int):
-    """The dataclass of these values; what they lack is the default. A name or kind of value that it does not know, a size beyond reason, or
-    more layers than `most`, is an InputError."""
+    """The dataclass of these values. Unknown names, wrong types, and sizes beyond reason are an InputError."""
     try:
         config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (AttributeError, TypeError) as e:  # not an object, or a name that is not a setting
-        raise InputError(f"{path} has other settings than {config_class.__name__}: {e}") from e
-    for name, value in vars(config).items():
-        entries = value if isinstance(value, tuple) else [value]
-        if type(value) is not type(getattr(config_class, name)) or isinstance(value, tuple) and any(type(n) is not int for n in entries):
-            raise InputError(f"{path} has a setting of the wrong kind: {name} {value!r}")
-        layers = value if name in ("depth", "text_layers") else len(entries)
-        if layers > most or any(type(n) is int and not 0 <= n < 200_000 for n in entries):
-            raise InputError(f"{path} has a size that its weights cannot have: {name} {value}")
+        for name, value in vars(config).items():
+            entries = value if isinstance(value, tuple) else (value,)
+            numbers = [n for n in entries if type(n) is int]
+            layers = value if name in ("depth", "text_layers") else len(entries)
+            mixed = isinstance(value, tuple) and entries != (*numbers,)
+            if type(value) is not type(getattr(config_class, name)) or mixed:
+                raise TypeError(f"{name} is {value!r}")
+            if layers > most or any(not 0 <= n < 200_000 for n in numbers):
+                raise TypeError(f"{name} is {value}, which weights of {most} tensors cannot have")
+    except (AttributeError, TypeError) as e:  # no object, an unknown name, or a value that cannot be
+        raise InputError(f"{path} does not describe a {config_class.__name__}: {e}") from e
     return config
 
 
 def rebuild(kind, config, tensors: dict[str, torch.Tensor], source) -> nn.Module:
-    """kind(config) with these weights, in eval mode. What is missing, left over or of another shape is an InputError that names it."""
+    """kind(config) with these weights, in eval mode. What is missing, left over or of another shape is an
+    InputError."""
     try:
-        with torch.device("meta"):  # sizes are held against the file before memory is spent on them
+        with torch.device("meta"):  # sizes are compared with the file's before memory is spent on them
             module = kind(config)
-    except (ArithmeticError, IndexError, InputError, RuntimeError, TypeError, ValueError) as e:
-        raise InputError(f"{source} does not describe a {kind.__name__}: {e}") from e
-    own, found = ({k: list(getattr(v, "shape", "")) for k, v in d.items()} for d in (module.state_dict(), tensors))
-    wrong = [f"lacks {k}" for k in own if k not in found] + [f"has unknown {k}" for k in found if k not in own]
-    wrong += [f"has other shapes: {k}: found {found[k]}, expected {own[k]}" for k in own if k in found and found[k] != own[k]]
-    if wrong:
-        raise InputError(f"{source} does not fit {kind.__name__}: it {', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}")
-    module.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in tensors.items()}, assign=True)  # a copy: the file is mapped
+        copies = {name: value.to(torch.float32, copy=True) for name, value in tensors.items()}  # the file is mapped
+        module.load_state_dict(copies, assign=True)
+    except (ArithmeticError, AttributeError, IndexError, InputError, RuntimeError, TypeError, ValueError) as e:
+        raise InputError(f"{source} does not fit {kind.__name__}: {' '.join(str(e).split())[:300]}") from e
     return module.eval()
+
+
+def fold_weight_norm(module: nn.Module) -> nn.Module:
+    """For inference: every weight as it is after normalisation, not computed anew in each pass. Renames weights."""
+    for part in list(module.modules()):
+        if is_parametrized(part, "weight"):
+            remove_parametrizations(part, "weight")
+    return module
+
+
+def check_text(config: DiTConfig) -> None:
+    if config.text_place not in ("left", "even", "aligned"):
+        raise InputError(f"text_place is {config.text_place!r}, expected left, even or aligned")
+    lines = config.vocabulary.split("\n")
+    if config.vocabulary and (len(lines), lines[0]) != (config.text_symbols, " "):
+        raise InputError(f"its vocabulary has {len(lines)} lines, the first {lines[0]!r}, expected "
+                         f"{config.text_symbols}, the first ' ': take the vocab.txt of its training")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What others published, every weight accounted for by name and shape. Sizes are read off the shapes.
+
+
+def from_authors(folder: Path) -> SemanticVAE:
+    """The authors' release of the VAE."""
+    path = folder / "dac" / "ema_state_dict.pth"
+    if not path.exists():
+        path = folder / "dac" / "weights.pth"
+    tensors = load_torch(path)
+    try:
+        tensors = tensors.get("state_dict", tensors)
+        tensors = {k.removeprefix("ema_model."): v for k, v in tensors.items() if k not in ("initted", "step")}
+        for kind, expected in (("filter", lowpass()), ("zero_k_bias", torch.zeros(1))):  # buffers that we compute
+            for name in [k for k in tensors if k.endswith(kind)]:
+                if not torch.allclose(tensors.pop(name).float(), expected, atol=1e-6):
+                    raise InputError(f"{path}: {name} differs from the {kind} this model computes")
+        head = tensors.get("projectors.model.0.weight")
+        config = VAEConfig(
+            encoder_dim=len(tensors["encoder.block.0.bias"]),
+            latent_dim=len(tensors["fc_mu.bias"]),
+            decoder_dim=len(tensors["decoder.conv_pre.bias"]),
+            ssl_dim=0 if head is None else head.shape[1],
+        )
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
+        raise InputError(f"{path} is not the authors' release: {type(e).__name__} {e}") from e
+    return rebuild(SemanticVAE, config, tensors, path)
+
+
+class Vocos(nn.Module):
+    """The vocoder of the library of that name (arXiv 2306.00814), with the settings of its config.yaml."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        vocos = importlib.import_module("vocos")
+        self.backbone = vocos.models.VocosBackbone(**config["backbone"]["init_args"])
+        self.head = vocos.heads.ISTFTHead(**config["head"]["init_args"])
+
+    def forward(self, mel):  # [B, bands, N]
+        mel = F.pad(mel, (0, 1), mode="replicate")  # N hops have N + 1 ends, and Vocos has a frame at each
+        return self.head(self.backbone(mel))[:, None]  # [B, 1, N · hop]
+
+
+def from_vocos(folder: Path) -> SemanticVAE:
+    """F5-TTS's mel frames, decoded by Vocos as it is published: used, not trained."""
+    package("vocos", "to decode F5-TTS's frames")
+    tensors = load_torch(folder / "pytorch_model.bin")
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        frames = config["feature_extractor"]["init_args"]
+        if frames != dict(sample_rate=24000, n_fft=1024, hop_length=256, n_mels=100, padding="center"):
+            raise InputError(f"{folder} decodes {frames}, not F5-TTS's frames: expected charactr/vocos-mel-24khz")
+        with torch.device("meta"):  # its decoder is replaced, and nothing else has weights
+            vae = SemanticVAE(F5_MEL)
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("feature_extractor.")}  # LogMel's part
+        vae.decoder = rebuild(Vocos, config, tensors, folder)
+        return vae.eval()
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as e:
+        raise InputError(f"{folder} does not hold Vocos: {' '.join(repr(e).split())}") from e
+
+
+def from_f5(folder: Path) -> DiT:
+    """F5-TTS's averaged weights, as published or as its fine-tuning saves them."""
+    if "F5TTS_Base" in folder.resolve().name:  # names and shapes of the weights do not tell
+        raise InputError(f"{folder} is an old base (one head rotary, text padding not masked): use F5TTS_v1_Base")
+    paths = [*folder.glob("model_*.safetensors")] or [*folder.glob("model_*.pt")]
+    if len(paths) != 1:
+        raise InputError(f"{folder} holds {len(paths)} model_*.safetensors (or .pt), expected one: move the rest")
+    tensors = load_torch(paths[0])
+    try:
+        tensors = tensors.get("ema_model_state_dict", tensors)  # of a whole training state; "_orig_mod.": compiled
+        tensors = {k.replace("_orig_mod.", "").removeprefix("ema_model."): v for k, v in tensors.items()}
+        for name in ("initted", "step", "update", "transformer.rotary_embed.inv_freq"):  # counters; what we compute
+            tensors.pop(name, None)
+        tensors = {k.removeprefix("transformer."): v for k, v in tensors.items() if not k.startswith("mel_spec.")}
+        rows, text_dim = tensors["text_embed.text_embed.weight"].shape
+        width = len(tensors["norm_out.linear.bias"]) // 2
+        with torch.device("meta"):  # the frames' name depends on no weights
+            vae_hash = SemanticVAE(F5_MEL).latents_hash()
+        config = DiTConfig(
+            latent_dim=100,
+            width=width,
+            depth=sum(k.endswith(".attn.to_q.bias") for k in tensors),
+            heads=width // 64,
+            ff_mult=len(tensors["transformer_blocks.0.ff.ff.0.0.bias"]) // width,
+            text_symbols=rows - 1,
+            vocabulary=(folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n"),
+            text_dim=text_dim,
+            text_layers=sum(k.endswith(".dwconv.bias") for k in tensors),
+            sample_rate=24000,
+            hop=256,
+            max_seconds=24.0,  # half of it is the prompt's
+            vae_hash=vae_hash,
+        )
+    except (ArithmeticError, AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as e:
+        raise InputError(f"{folder} does not hold what F5-TTS publishes: {type(e).__name__} {e}") from e
+    tensors |= dict(latent_mean=torch.zeros(100), latent_std=torch.ones(100))  # its frames are used as they are
+    return rebuild(DiT, config, tensors, folder)

@@ -1,19 +1,20 @@
 """Turn a folder of speech into one data folder: audio, SSL features and latents as flat memory-mapped arrays.
 
     python prepare.py                                                      # the demo corpus and its tiny teacher
-    python prepare.py --vae runs/vae                                       # add the latents of a trained VAE, for stage 2
-    python prepare.py LibriTTS/ --out data/libritts --ssl microsoft/wavlm-large
-    torchrun --nproc_per_node 8 prepare.py ...                             # shares the clips between 8 GPUs
+    python prepare.py --vae runs/vae                                       # add the latents of a trained VAE, for stage
+    2 python prepare.py LibriTTS/ --out data/libritts --ssl microsoft/wavlm-large
+    torchrun --standalone --nproc_per_node 8 prepare.py ...                # shares the clips between 8 GPUs
 
-The data folder, whose clips stand in every array in the order of the index:
-    index.tsv    one line a clip: id, split, speaker, samples, text
-    audio.bin    int16   [samples of all clips]
-    ssl.bin      float16 [SSL frames of all clips, width]
-    starts.bin   float32 [bytes of all texts]: the second at which each byte begins; nan in clips that could not be aligned
-    latents-HASH.bin  float16 [latent frames of all clips, 2, latent_dim]: mean and log-variance, by the VAE with this latents_hash()
-    meta.json    sample rate, teacher, VAEs, counts, hours, the latents' statistics
-    settings.json what the folder was made with, and of which texts and recordings: others are refused
-    dropped.tsv  every clip that was left out, with its reason
+The data folder, whose arrays hold the clips in the order of the index:
+    index.tsv     one line a clip: id, split, speaker, samples, text
+    audio.bin     int16   [samples of all clips]
+    ssl.bin       float16 [SSL frames of all clips, width]
+    starts.bin    float32 [bytes of all texts]: the second at which each byte begins; nan in clips that could not be
+    aligned latents-HASH.bin  float16 [latent frames of all clips, 2, latent_dim]: mean and log-variance, by the VAE of
+    that hash
+    meta.json     sample rate, teacher, VAEs, counts, hours, the latents' statistics
+    settings.json how the folder was made, and from which texts and recordings: others are refused
+    dropped.tsv   every clip that was dropped, with its reason
 
 Killed at any moment and run again, it continues and ends with the same bytes.
 """
@@ -45,10 +46,15 @@ import numpy as np
 import soundfile as sf
 import torch
 import torch.distributed as dist
+import torch.fx.experimental._config
 import torchaudio
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from model import HERE, InputError, LogMel, SemanticVAE, fold_weight_norm, read_json, write_atomic, write_json
+from model import (LOCAL, PRESETS, InputError, SemanticVAE, fold_weight_norm, load_torch, read_json, write_atomic,
+                   write_json, write_text)  # fmt: skip
 
 try:
     import fcntl
@@ -56,181 +62,31 @@ except ImportError:  # Windows
     fcntl = None
 
 DEMO = Path(__file__).resolve().parent / "demo"
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-PATIENCE = datetime.timedelta(hours=24)  # of ranks that share out clips: they meet once, at the end of a long job
-WORK = ".prepare"  # scratch space in --out, removed in the end: a name that no folder of the user's has
-FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", None)}
 
-
-# --------------------------------------------------------------------------------------------------------------
-# What every script shares: how it starts, and how it ends when the user's input is at fault.
-
-
-def start_ranks(wanted: str | None = None, patience: datetime.timedelta = PATIENCE):
-    """(rank, world, device), joining the process group if torchrun started us. CPU ranks talk by gloo, GPUs by NCCL.
-
-    wanted: "cpu" where a GPU shall not be used, "cuda" where one must. An NVIDIA GPU that is there and cannot be used, or is missing for a rank, is an
-    InputError: at a hundredth of the speed, a run would look as if all were well. patience: how long a rank waits for the others."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no GPU that it can use")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or wanted == "cpu"
-    if not hidden and not torch.cuda.is_available() and NVIDIA_DRIVER.exists():
-        driver = NVIDIA_DRIVER.read_text(encoding="utf-8").splitlines()[0]
-        raise InputError(f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use; its CUDA {torch.version.cuda} needs driver 580 or later, "
-                         f"found: {driver}: update it, install torch from a wheel index for an older CUDA, or use the CPU with "
-                         "CUDA_VISIBLE_DEVICES= before the command (trainings: --device cpu)")  # fmt: skip
-    device = torch.device("cpu") if hidden or not torch.cuda.is_available() else torch.device("cuda", local)
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise InputError(f"rank {local} of this machine has no GPU: found {torch.cuda.device_count()}; lower --nproc_per_node")
-        torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every batch size and length; flash attention does not
-    torch.set_float32_matmul_precision("highest")  # what is not in bfloat16 is float32 in full: STFTs, losses, scores
-    if sys.platform == "linux":  # loaders' processes share the mapped arrays; started afresh, as Python 3.14 has it, each would get a copy
-        multiprocessing.set_start_method("fork", force=True)
-    if world > 1 and not dist.is_initialized():
-        options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(**options, timeout=patience)
-    return (dist.get_rank() if world > 1 else 0), world, device
-
-
-def has_bfloat16() -> bool:
-    """Whether matrix products are faster in bfloat16 than in float32: on GPUs, and on CPUs with instructions for it. Others would emulate it."""
-    able = torch.cpu.get_capabilities()
-    return torch.cuda.is_available() or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
-def at_least(least: float, kind=int, most: float = sys.maxsize):
-    """What a flag may be, for add_argument(type=...): a number from `least` to `most`."""
-
-    def number(text: str):
-        if not least <= kind(text) <= most:  # nan is neither
-            raise argparse.ArgumentTypeError(f"must be at least {least}{f' and at most {most}' * (most < sys.maxsize)}, found {text}")
-        return kind(text)
-
-    return number
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-class Unbroken:
-    """stdout or stderr whose reader may go away (`| head`, a closed terminal): nothing is shown from then on, and the work goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def flush(self) -> None:
-        self.write("")
-
-
-def cli(main) -> None:
-    """Run main(); an InputError becomes one line and exit code 2, Ctrl-C and SIGTERM one line and 130 and 143. A rank that fails ends at once,
-    and torchrun the others: to leave the process group in order, NCCL would wait for ranks that wait for this one."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, interrupt)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
-    try:
-        try:
-            main()
-            code = 0
-        except SystemExit as e:  # --help; a training that was stopped, on all ranks after the same step
-            code = e.code
-        barrier()  # leave together: a rank that exits while Gloo still holds its tensors may be aborted
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(code)
-    except (InputError, torch.OutOfMemoryError) as e:
-        code = 2
-        flags = "--micro-batch (train_vae.py), --micro-seconds (train_tts.py), --batch-seconds (prepare.py) or --batch-size (sample.py, evaluate.py)"
-        message = f"error: {'' if isinstance(e, InputError) else f'the GPU is out of memory: lower {flags}: '}{e}"
-        if int(os.environ.get("RANK", 0)):  # what all ranks find is said once, by the first; then torchrun ends the others as they wait
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        print(message, file=sys.stderr)
-    except KeyboardInterrupt as e:
-        print("interrupted: run the command again, a training with --resume", file=sys.stderr)
-        code = 128 + (e.args[0] if e.args else signal.SIGINT)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code) if dist.is_initialized() else sys.exit(code)
-
-
-def in_demo(path):
-    """A path into demo/ that was noted before the checkout was moved, as it is now; else as it is."""
-    moved = DEMO / str(path).rpartition("/demo/")[2]
-    return str(moved) if "/demo/" in str(path) and not Path(path).exists() and moved.exists() else path
-
-
-def lock(folder: Path):
-    """Refuse a folder that another process is writing to. The lock lasts as long as what is returned, or this process: its end, however
-    sudden, frees it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", encoding="utf-8")
-        try:
-            if not fcntl:
-                raise OSError(errno.ENOSYS, "no file locks")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a loader's process would hold on to
-        except OSError as e:  # Windows; a network's or cluster's file system
-            if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            print(f"this file system has no locks: start no second command that writes to {folder}")
-        file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", file=file, flush=True)
-        return file
-    except BlockingIOError:
-        file.seek(0)
-        raise InputError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or choose another --out") from None
-    except OSError as e:
-        raise InputError(f"cannot write in {folder}: {e}") from e
-
-
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Text, audio and time.
 
 
 def normalize_text(text: str, mode: str) -> str:
-    """NFC, straight apostrophes, single spaces; "plain" also lower-cases and removes punctuation (all but apostrophes inside words).
-
-    Used here and by sample.py with the mode kept in the checkpoint, so that a model is asked only what it was taught."""
+    """NFC, straight apostrophes, single spaces; "plain" also lower-cases and removes punctuation (all but apostrophes
+    inside words). sample.py applies the mode kept in the checkpoint, so that a model is asked only what it was
+    taught."""
     if any(0xD800 <= ord(c) < 0xE000 for c in text):
         raise InputError(f"not UTF-8: {text!r}")
     text = unicodedata.normalize("NFC", text).replace("’", "'")
     if mode == "plain":
         text = "".join(c if unicodedata.category(c)[0] in "LMN" or c == "'" else " " for c in text.lower())
-        text = " ".join(w.strip("'") for w in text.split())
+        text = " ".join(word.strip("'") for word in text.split())
     return " ".join(text.split())
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(number, line) of all that are not blank, ended by line feeds alone: str.splitlines() would cut texts at what only looks like one."""
-    lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-    return [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-
-
-def file_stamp(path: Path) -> tuple:
-    """What changes with a file: its size and time; empty, if it is missing."""
-    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
+FORMATS = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_16"),
+    ".ogg": ("OGG", "VORBIS"),
+    ".opus": ("OGG", "OPUS"),
+    ".mp3": ("MP3", None),
+}
 
 
 def read_audio(path: str | Path, rate: int) -> np.ndarray:
@@ -239,34 +95,28 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
     try:
         with sf.SoundFile(path) as f:
             source_rate = f.samplerate
-            while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # as much as there is, not as the header says
+            while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # all there is
                 blocks.append(block.mean(1))
     except (sf.SoundFileError, OSError, TypeError, ValueError) as e:  # TypeError: a file without a header
-        others = [f" (but one that ends in {suffix})" for suffix in FORMATS if os.path.isfile(os.path.splitext(path)[0] + suffix)]
-        why = f"no such file{''.join(others[:1])}"
-        if os.path.isfile(path):
-            why = f"{getattr(e, 'error_string', e)} (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)"
+        reason = getattr(e, "error_string", e)
+        why = f"{reason} (ffmpeg -i FILE FILE.wav converts what is not wav, flac, ogg, opus or mp3)"
+        if not os.path.isfile(path):
+            stem = os.path.splitext(path)[0]
+            others = [suffix for suffix in FORMATS if os.path.isfile(stem + suffix)]
+            why = f"no such file (but one that ends in {others[0]})" if others else "no such file"
         raise InputError(f"cannot read {path}: {why}") from e
     if not blocks:
         raise InputError(f"cannot read {path}: it holds no samples")
     wave = np.concatenate(blocks)
     if 4 < np.abs(wave).max() < math.inf:
         raise InputError(f"cannot read {path}: its samples are not within -1 and 1: divide them by their full scale")
-    if source_rate * rate / math.gcd(source_rate, rate) ** 2 > 1 << 26:  # its filters would fill the memory
-        raise InputError(f"cannot read {path}: {source_rate} Hz has too little in common with {rate} Hz: resample it first")
+    if source_rate * rate / math.gcd(source_rate, rate) ** 2 > 1 << 26:  # the resampling filters would fill the memory
+        raise InputError(f"cannot read {path}: {source_rate} Hz and {rate} Hz have too little in common: resample it")
     return resample(wave, source_rate, rate)
 
 
-def loudness(wave: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
-    """(RMS of each 20 ms of a wave [T] without its mean, what five of them reach; 0: nothing is heard). Speech lasts so long, a click does not."""
-    frames = (wave - wave.mean())[: len(wave) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
-    levels = np.sqrt(np.square(frames).mean(1))
-    loudest = np.sort(levels)[-5:].min(initial=1)
-    return levels, float(loudest) if len(levels) and loudest > 2e-4 else 0.0
-
-
 def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """[T] at `rate` → [T · wanted / rate]; as it is, where the rates agree."""
+    """[T] at `rate` → [T · wanted / rate]."""
     return torchaudio.functional.resample(torch.from_numpy(wave), rate, wanted).numpy()
 
 
@@ -275,11 +125,20 @@ def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
     write_atomic(path, lambda p: sf.write(p, wave, rate, format=container, subtype=subtype))
 
 
+def loudness(wave: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
+    """RMS of each 20 ms of a wave [T] without its mean, and the level that five of them reach (a click does not): 0 if
+    nothing is heard."""
+    frames = (wave - wave.mean())[: len(wave) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
+    levels = np.sqrt(np.square(frames).mean(1))
+    loudest = np.sort(levels)[-5:].min(initial=1)
+    return levels, float(loudest) if len(levels) and loudest > 2e-4 else 0.0
+
+
 def frame_count(samples, sample_rate: int, frame_rate):
     """Frames that `samples` fill at `frame_rate` a second, the last one perhaps in part: the one rule for all arrays.
 
-    Latents have sample_rate / hop frames a second. SSL models make a frame or so less than this, since their front end
-    does not pad; their last frame is then repeated. Frame i of any array thus starts at i / frame_rate seconds."""
+    Latents have sample_rate / hop frames a second. SSL models make about one frame less than this, since their front
+    end does not pad; their last frame is repeated. Frame i of any array thus starts at i / frame_rate seconds."""
     ratio = Fraction(frame_rate) / Fraction(sample_rate)
     return -(-samples * ratio.numerator // ratio.denominator)  # rounded up
 
@@ -289,14 +148,21 @@ def repeat_last(features: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([features, features[-1:].expand(count - len(features), -1)])
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The data folder.
+
+
 class Data:
-    """A prepared folder, memory-mapped. Raises InputError if it is missing, incomplete or does not fit what is asked."""
+    """A prepared folder, memory-mapped. Raises InputError if it is missing, incomplete or lacks what is asked for."""
+
+    REMEDIES = {"ssl": "--ssl MODEL", "latents": "--vae RUN", "starts": "--aligner MODEL"}
 
     def __init__(self, folder: str | Path, need: tuple[str, ...] = ("audio",), vae_hash: str = ""):
-        """need: the arrays to open. Of "latents" there may be several: those of the VAE with this latents_hash(), or else the newest."""
+        """need: the arrays to open. "latents" are those of the VAE with this latents_hash(), or the newest."""
         self.folder = Path(folder)
         if not (self.folder / "meta.json").exists():
-            raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out {folder} first, or name the folder with --data")
+            raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out "
+                             f"{folder} first, or name the folder with --data")
         self.meta = read_json(self.folder / "meta.json")
         files = {name: name for name in need}
         latents = [name for name in self.meta if name.startswith(f"latents-{vae_hash}")]
@@ -305,31 +171,38 @@ class Data:
             self.meta["latents"] = self.meta[latents[-1]]
         for name in need:
             if name not in self.meta:
-                remedy = {"ssl": "--ssl MODEL", "latents": "--vae RUN", "starts": "--aligner MODEL"}.get(name, "")
                 whose = f" of VAE {vae_hash}" if name == "latents" and vae_hash else ""
-                raise InputError(f"{folder} holds no {name}{whose}: run python prepare.py --out {folder} {remedy} first")
+                remedy = self.REMEDIES.get(name, "")
+                raise InputError(f"{folder} holds no {name}{whose}: run python prepare.py --out {folder} {remedy}")
         try:
             index = self.folder / "index.tsv"
-            lines = [line for _, line in read_lines(index)][1:]
+            names = ("id", "split", "speaker", "samples", "text")
             self.identity = f"{zlib.crc32(index.read_bytes()):08x}"  # of clips, texts and split
-            self.clips = [dict(zip(("id", "split", "speaker", "samples", "text"), line.split("\t"), strict=True)) for line in lines]
+            self.clips = [dict(zip(names, line.split("\t"), strict=True)) for _, line in read_lines(index)[1:]]
             self.rate = self.meta["sample_rate"]
-            self.samples = np.array([int(c["samples"]) for c in self.clips])
-            self.arrays, self.offsets = {}, {}
+            self.samples = np.array([int(clip["samples"]) for clip in self.clips])
+            self.arrays = {}
+            self.offsets = {}
             for name in need:
-                shape, offsets = self.meta[name]["shape"], self.offsets_at(self.meta[name]["rate"])
-                path, dtype = self.folder / f"{files[name]}.bin", np.dtype(self.meta[name]["dtype"])
-                found, expected = path.stat().st_size, math.prod(shape) * dtype.itemsize
-                if found != expected or offsets[-1] != shape[0] or self.samples.min(initial=0) < 0:
+                entry = self.meta[name]
+                path = self.folder / f"{files[name]}.bin"
+                offsets = self.offsets_at(entry["rate"])
+                found = path.stat().st_size
+                expected = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
+                if found != expected or offsets[-1] != entry["shape"][0] or self.samples.min(initial=0) < 0:
                     raise ValueError(f"{path} has {found} bytes, expected {expected} in {offsets[-1]} rows")
-                self.arrays[name] = np.memmap(path, dtype, "r", shape=tuple(shape))
+                self.arrays[name] = np.memmap(path, entry["dtype"], "r", shape=tuple(entry["shape"]))
                 self.offsets[name] = offsets
         except (ArithmeticError, AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as e:
-            raise InputError(f"{folder} is damaged ({type(e).__name__}: {e}): remove it and run prepare.py again") from e
+            raise InputError(f"{folder} is damaged ({type(e).__name__}: {e}): remove it and prepare it again") from e
 
     def offsets_at(self, rate) -> np.ndarray:
-        """Where each clip begins in an array of `rate` rows a second (or "byte": a row a byte of its text), and where the last one ends."""
-        counts = [len(c["text"].encode()) for c in self.clips] if rate == "byte" else frame_count(self.samples, self.rate, rate)
+        """Where each clip begins in an array of `rate` rows a second ("byte": a row a byte of its text), and the
+        end."""
+        if rate == "byte":
+            counts = [len(clip["text"].encode()) for clip in self.clips]
+        else:
+            counts = frame_count(self.samples, self.rate, rate)
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def counts(self, name: str) -> np.ndarray:
@@ -337,7 +210,7 @@ class Data:
         return np.diff(self.offsets[name])
 
     def split(self, name: str) -> list[int]:
-        return [i for i, c in enumerate(self.clips) if c["split"] == name]
+        return [i for i, clip in enumerate(self.clips) if clip["split"] == name]
 
     def spread(self, name: str, count: int) -> list[int]:
         """`count` clips of a split, or all it has, spread evenly over its speakers."""
@@ -345,41 +218,275 @@ class Data:
         return [clips[round(k)] for k in np.linspace(0, len(clips) - 1, min(count, len(clips)))]
 
     def get(self, name: str, i: int, start: int = 0, count: int | None = None) -> torch.Tensor:
-        """Rows start … start + count of clip i, cut at its end; audio as float32 in [-1, 1], all else as float32."""
-        a, b = self.offsets[name][i : i + 2]
-        rows = self.arrays[name][a + start : b if count is None else min(b, a + start + count)]
+        """Rows start … start + count of clip i, cut at its end, as float32; audio within [-1, 1]."""
+        first, end = self.offsets[name][i : i + 2]
+        rows = self.arrays[name][first + start : end if count is None else min(end, first + start + count)]
         rows = torch.from_numpy(np.array(rows)).float()  # a copy: the map is read-only
         return rows / 32767 if name == "audio" else rows
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Where the clips come from: lists of (id, path, speaker, text, split), split "" where the source does not say.
+# ----------------------------------------------------------------------------------------------------------------------
+# The teacher, the aligner, and what they and the VAE add to the folder.
 
 
-ALIASES = dict(audio_file="audio", file_name="audio", transcription="text", speaker_name="speaker", speaker_id="speaker")  # in others' manifests
-CONVERT = "awk -F'|' 'BEGIN {print \"audio|speaker|text\"} {print \"wavs/\" $1 \".wav|\" $3 \"|\" $2}' FILE > manifest.csv, with your columns' numbers"
+class SSLModel:
+    """A frozen Hugging Face speech encoder: WavLM, HuBERT, wav2vec 2.0, XLS-R, w2v-BERT, a Whisper encoder…
+
+    Waves go through the model's own feature extractor (zero mean and unit variance, where it was trained so)."""
+
+    def __init__(self, name: str, layer: int | str = -1, device=torch.device("cpu")):
+        """layer: a hidden state, -1 for the last one, or "logits" of a CTC model."""
+        kind = "ModelForCTC" if layer == "logits" else "Model"
+        self.extractor, model = from_hub("SSL model", name, "FeatureExtractor", kind)
+        self.name = name
+        self.layer = layer
+        self.device = device
+        self.revision = revision(name, model.config)
+        states = getattr(model.config, "num_hidden_layers", 0) + 1
+        if layer != "logits" and not -states <= layer < states:
+            raise InputError(f"{name} has the hidden states 0 to {states - 1}, no --layer {layer}")
+        self.whisper = model.config.model_type == "whisper"
+        self.model = (model.get_encoder() if self.whisper else model).float().to(device).eval()
+        self.sample_rate = self.extractor.sampling_rate
+        # Group norm over time sees padding, and these models were trained without masks: only equal lengths are
+        # batched.
+        self.equal_lengths = getattr(model.config, "feat_extract_norm", None) == "group"
+        if self.whisper:
+            self.rate = Fraction(model.config.max_source_positions, 30)
+            self.width = model.config.d_model
+        else:
+            short, long = (self([np.zeros(s * self.sample_rate, np.float32)])[0] for s in (1, 11))
+            self.rate = Fraction(len(long) - len(short), 10)
+            self.width = long.shape[1]
+
+    @torch.no_grad()
+    def __call__(self, waves: list[np.ndarray]) -> list[torch.Tensor]:
+        """float32 [T] waves → float32 features [S, D] of each wave's own length, as if alone."""
+        if self.whisper and max(map(len, waves)) > 30 * self.sample_rate:
+            raise InputError(f"{self.name} hears 30 s at most: prepare the data with --max-seconds 30")
+        options = {} if self.whisper else dict(padding=True, return_attention_mask=not self.equal_lengths)
+        inputs = self.extractor(waves, sampling_rate=self.sample_rate, return_tensors="pt", **options).to(self.device)
+        out = self.model(**inputs, output_hidden_states=self.layer not in (-1, "logits"))
+        if self.layer == "logits":
+            states = out.logits
+        else:
+            states = out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]
+        if self.whisper:
+            frames = [frame_count(len(w), self.sample_rate, self.rate) for w in waves]
+        elif "input_features" in inputs:  # w2v-BERT: its extractor makes the frames
+            frames = inputs["attention_mask"].sum(1).tolist()
+        else:
+            frames = [int(self.model._get_feat_extract_output_lengths(torch.tensor(len(w)))) for w in waves]
+        return [state[:n].float() for state, n in zip(states, frames)]
+
+    def batches(self, lengths: list[int], seconds: float) -> list[list[int]]:
+        """Positions grouped by length into batches of at most `seconds` of padded audio."""
+        batches = []
+        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+            fits = batches and lengths[i] * (len(batches[-1]) + 1) <= seconds * self.sample_rate
+            if fits and not (self.equal_lengths and lengths[i] != lengths[batches[-1][0]]):
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    def of_clips(self, data: Data, clips, seconds: float):
+        """(clip, features [S, D]) of all these clips, batch by batch."""
+        for batch in self.batches([int(data.samples[i]) for i in clips], seconds):
+            waves = [data.get("audio", clips[j]).numpy() for j in batch]
+            yield from zip((clips[j] for j in batch), self(waves))
 
 
-def fields(line: str, mark: str) -> list[str]:
+def load_teacher(name: str, layer: int | str, sample_rate: int, device, flag: str = "--ssl") -> SSLModel:
+    """The SSL model, which must hear the data's sample rate."""
+    teacher = SSLModel(name, layer, device)
+    if teacher.sample_rate != sample_rate:
+        raise InputError(f"{flag} {name} hears {teacher.sample_rate} Hz, the data folder holds {sample_rate} Hz: "
+                         f"prepare it with --sample-rate {teacher.sample_rate}")
+    return teacher
+
+
+def fill_ssl(args, rank: int, world: int, device) -> None:
+    """The teacher's features of every clip, over whole utterances."""
+    data = Data(args.out)
+    if known := data.meta.get("ssl"):
+        if (known["model"], known["layer"]) != (args.ssl, args.layer):
+            raise InputError(f"{args.out} already holds SSL features of {known['model']}, layer {known['layer']}, not "
+                             f"{args.ssl}, layer {args.layer}: choose another --out")
+        if Path(args.ssl).is_dir() and revision(args.ssl) != known["revision"]:
+            raise InputError(f"{args.ssl} holds other weights than when {args.out} was made: choose another --out")
+        return
+    ssl = load_teacher(args.ssl, args.layer, data.rate, device)
+    facts = dict(model=args.ssl, revision=ssl.revision, layer=args.layer, dim=ssl.width, rate=str(ssl.rate))
+
+    def make(clips):
+        features = {}
+        for i, x in ssl.of_clips(data, clips, args.batch_seconds):
+            x = x.half().cpu()
+            if not torch.isfinite(x).all():
+                name = data.clips[i]["id"]
+                raise InputError(f"{args.ssl} gives non-finite float16 features for {name}: drop it, or change --layer")
+            count = int(frame_count(data.samples[i], data.rate, ssl.rate))
+            features[i] = repeat_last(x[:count], count)
+        return torch.cat([features[i] for i in clips])
+
+    array, _ = fill(data, args.out, "ssl", facts, (ssl.width,), make, rank, world)
+    if rank == 0:
+        finish(args.out, "ssl", array, facts)
+
+
+class Aligner:
+    """A CTC recogniser that finds where each byte of a text is said (torchaudio.functional.forced_align)."""
+
+    WORST = -2.5  # mean log-probability a character below which text and speech differ: see demo/README.md
+
+    def __init__(self, name: str, sample_rate: int, device):
+        self.model = load_teacher(name, "logits", sample_rate, device, "--aligner")
+        (tokenizer,) = from_hub("aligner", name, "Tokenizer")
+        self.blank = tokenizer.pad_token_id
+        self.ids = {text: i for text, i in tokenizer.get_vocab().items() if len(text) == 1 and i != self.blank}
+        self.ids[" "] = self.ids.get(getattr(tokenizer, "word_delimiter_token", None) or " ")
+
+    def symbol(self, character: str) -> int | None:
+        """Its id in the model's alphabet, in whichever case that has it."""
+        found = (self.ids.get(c) for c in (character, character.upper(), character.lower()))
+        return next((i for i in found if i is not None), None)
+
+    def __call__(self, logits: torch.Tensor, text: str, seconds: float) -> torch.Tensor:
+        """Logits [S, symbols] of a clip → the second at which each byte of its text begins [L]: halfway between the
+        moments at which the model is surest of it and of the byte before. Characters that the model lacks are spread
+        evenly between their neighbours. All nan if something else is said."""
+        places = np.cumsum([0, *(len(c.encode()) for c in text)])  # of each character's first byte
+        symbols = [(place, self.symbol(c)) for place, c in zip(places.tolist(), text)]
+        known = [(place, symbol) for place, symbol in symbols if symbol is not None]
+        targets = torch.tensor([[symbol for _, symbol in known]], dtype=torch.int32)
+        length = len(text.encode())
+        repeats = (targets[0, 1:] == targets[0, :-1]).sum().item()
+        if not known or len(known) + repeats > len(logits):
+            return torch.full((length,), math.nan)
+        path, scores = torchaudio.functional.forced_align(logits.log_softmax(-1)[None].cpu(), targets, blank=self.blank)
+        spans = torchaudio.functional.merge_tokens(path[0], scores[0], self.blank)
+        if np.mean([span.score for span in spans]) < self.WORST:
+            return torch.full((length,), math.nan)
+        moments = [(span.start + span.end) / 2 / len(logits) * seconds for span in spans]
+        peaks = np.interp(range(length), [-1, *(place for place, _ in known), length], [0, *moments, seconds])
+        return torch.from_numpy(np.concatenate([[0], (peaks[1:] + peaks[:-1]) / 2])).float()
+
+
+def fill_starts(args, rank: int, world: int, device) -> None:
+    """Where each byte of every clip's text begins."""
+    data = Data(args.out)
+    aligner = Aligner(args.aligner, data.rate, device)
+    facts = dict(aligner=args.aligner, revision=aligner.model.revision, rate="byte")
+    if data.meta.get("starts", {}).get("revision", "none") == facts["revision"]:
+        return
+
+    def make(clips):
+        starts = {}
+        for i, logits in aligner.model.of_clips(data, clips, args.batch_seconds):
+            starts[i] = aligner(logits, data.clips[i]["text"], data.samples[i] / data.rate)
+        return torch.cat([starts[i] for i in clips])
+
+    array, offsets = fill(data, args.out, "starts", facts, (), make, rank, world, "float32")
+    if rank > 0:
+        return
+    lost = [clip["id"] for clip, offset in zip(data.clips, offsets) if np.isnan(array[offset])]
+    write_text(args.out / "unaligned.tsv", "".join(f"{name}\n" for name in lost))
+    finish(args.out, "starts", array, facts | dict(unaligned=len(lost)))
+    lacks = Counter(c for clip in data.clips for c in clip["text"] if aligner.symbol(c) is None)
+    if lacks:
+        counts = ", ".join(f"{c!r} {count} times" for c, count in lacks.most_common(20))
+        print(f"{args.aligner} lacks {counts}: placed between their neighbours")
+    print(f"{len(lost)} of {len(data.clips)} clips cannot be aligned (listed in {args.out / 'unaligned.tsv'}): "
+          "train_tts.py --text-place aligned skips them")
+
+
+@torch.no_grad()
+def fill_latents(args, rank: int, world: int, device) -> None:
+    """The posterior of every clip, and each channel's mean and standard deviation over the training split."""
+    data = Data(args.out)
+    vae = SemanticVAE.from_pretrained(args.vae)
+    dim = vae.config.latent_dim
+    rate = Fraction(data.rate, vae.config.hop)
+    facts = dict(vae=str(args.vae), vae_hash=vae.latents_hash(), dim=dim, hop=vae.config.hop, rate=str(rate))
+    name = f"latents-{facts['vae_hash']}"
+    if known := data.meta.pop(name, None):
+        if rank == 0:  # now the newest, and perhaps with another decoder
+            write_json(args.out / "meta.json", data.meta | {name: known | dict(vae=facts["vae"])})
+        return
+    if vae.config.sample_rate != data.rate:
+        raise InputError(f"{args.vae} works at {vae.config.sample_rate} Hz, {args.out} holds {data.rate} Hz")
+    if not data.split("train"):
+        raise InputError(f"{args.out} holds no training clips, for the latents' statistics")
+    fold_weight_norm(vae).to(device)
+
+    def make(clips):
+        posteriors = [torch.stack(vae.encode(data.get("audio", i)[None].to(device)), dim=2)[0] for i in clips]
+        return torch.cat(posteriors).half()  # [N, 2, D]
+
+    array, offsets = fill(data, args.out, name, facts, (2, dim), make, rank, world)
+    if rank > 0:
+        return
+    moments = np.zeros((2, dim))
+    count = 0
+    for i in data.split("train"):  # z = mean + ε · std has the moments E[mean] and E[mean² + std²]
+        mean, logvar = array[offsets[i] : offsets[i + 1]].astype(np.float64).transpose(1, 0, 2)
+        moments += (mean.sum(0), (mean**2 + np.exp(logvar)).sum(0))
+        count += len(mean)
+    mean, square = moments / count
+    std = np.sqrt(square - mean**2)
+    if not np.isfinite(std).all():
+        raise InputError(f"the latents of {args.vae} are not finite: train it again")
+    constant = np.flatnonzero(std < 1e-4)
+    if len(constant):
+        print(f"latent channels {constant.tolist()} of {args.vae} never change: they are not scaled")
+        std[constant] = 1
+    finish(args.out, name, array, facts | dict(mean=mean.tolist(), std=std.tolist()))
+
+
+# ======================================================================================================================
+# You can stop here. Below: where clips come from, passes that survive a kill, and what the other scripts share with
+# this one: flags, ranks, locks, signals, and the folder of a training run.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources: each layout yields (id, path, speaker, text, split), with split "" where the source does not say.
+
+ALIASES = dict(
+    audio_file="audio", file_name="audio", transcription="text", speaker_name="speaker", speaker_id="speaker"
+)
+CONVERT = ("awk -F'|' 'BEGIN {print \"audio|speaker|text\"} {print \"wavs/\" $1 \".wav|\" $3 \"|\" $2}' FILE > "
+           "manifest.csv, with your columns' numbers")
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, line) of all that are not blank. Only line feeds end them: str.splitlines() would cut texts in two."""
+    lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    return [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def columns(line: str, mark: str) -> list[str]:
     return next(csv.reader([line.replace("\r", " ")])) if mark == "," else line.split(mark)
 
 
 def from_manifest(path: Path):
-    """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths relative to it. Also with tabs or
-    commas between, and with ALIASES for names. Without speakers each clip counts as a voice of its own."""
+    """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths are relative
+    to it. Also with tabs or commas, and with others' ALIASES. Without speakers each clip counts as a voice of its
+    own."""
     (_, header), *rows = read_lines(path) or [(1, "")]
-    tables = [(mark, [ALIASES.get(name, name) for name in fields(header, mark)]) for mark in "|\t,"]
+    tables = [(mark, [ALIASES.get(name, name) for name in columns(header, mark)]) for mark in "|\t,"]
     mark, names = next((table for table in tables if {"audio", "text"} <= set(table[1])), ("", []))
     if not mark:
-        raise InputError(f"{path} has no columns audio and text: its first line is {header!r}, expected audio|speaker|text. To convert it: {CONVERT}")
+        raise InputError(f"{path} has no columns audio and text: its first line is {header!r}, expected "
+                         f"audio|speaker|text. To convert it: {CONVERT}")
     for n, line in rows:
-        values = fields(line, mark)
+        values = columns(line, mark)
         if len(values) != len(names):
             raise InputError(f"{path}, line {n}: found {len(values)} columns, expected {len(names)}")
         row = dict(zip(names, values))
         if row.get("split", "") not in ("", "train", "valid", "test"):
             raise InputError(f"{path}, line {n}: split is {row['split']!r}, expected train, valid or test")
-        yield row["audio"], path.parent / row["audio"], row.get("speaker") or row["audio"], row["text"], row.get("split", "")
+        name = row["audio"]
+        yield name, path.parent / name, row.get("speaker") or name, row["text"], row.get("split", "")
 
 
 def below(root: Path, pattern: str):
@@ -406,25 +513,26 @@ def from_librispeech(root: Path):
 def from_vctk(root: Path):
     """txt/SPEAKER/NAME.txt, and wav48_silence_trimmed/SPEAKER/NAME_mic1.flac or wav48/SPEAKER/NAME.wav."""
     for path in below(root, "txt/*/*.txt"):
-        speaker, name = path.parent.name, path.stem
-        places = [root / "wav48_silence_trimmed" / speaker / f"{name}_mic1.flac", root / "wav48" / speaker / f"{name}.wav"]
-        wave = next((p for p in places if p.exists()), places[-1])
+        speaker = path.parent.name
+        wave = root / "wav48_silence_trimmed" / speaker / f"{path.stem}_mic1.flac"
+        if not wave.exists():
+            wave = root / "wav48" / speaker / f"{path.stem}.wav"
         yield str(wave.relative_to(root)), wave, speaker, path.read_text(encoding="utf-8-sig"), ""
 
 
 def from_ljspeech(root: Path):
-    """metadata.csv (name|text, or name|text|normalised text) and wavs/NAME.wav; or, by that name, a manifest with a header."""
+    """metadata.csv (name|text, or name|text|normalised text) and wavs/NAME.wav; or, by that name, a manifest."""
     rows = [line.split("|") for _, line in read_lines(root / "metadata.csv")]
-    words = [[set(normalize_text(text, "plain").split()) for text in row[1:]] for row in rows if len(row) == 3 and row[2].strip()]
-    if any(len(row) not in (2, 3) for row in rows) or sum(bool(a & b) for a, b in words) < len(words) / 2 or {"audio", *ALIASES} & set(*rows[:1]):
-        yield from from_manifest(root / "metadata.csv")  # refused, if it has no header
+    full = [row for row in rows if len(row) == 3 and row[2].strip()]
+    same = [set(normalize_text(a, "plain").split()) & set(normalize_text(b, "plain").split()) for _, a, b in full]
+    unlike = sum(map(bool, same)) < len(full) / 2  # the third column is not the second's text
+    if any(len(row) not in (2, 3) for row in rows) or unlike or {"audio", *ALIASES} & set(*rows[:1]):
+        yield from from_manifest(root / "metadata.csv")  # which refuses it if it has no header
     else:
         for name, *texts in rows:
             yield f"wavs/{name}.wav", root / "wavs" / f"{name}.wav", "LJ", texts[-1].strip() or texts[0], ""
 
 
-VALID = 0.01  # share of the clips
-CHOICES = ("sample_rate", "text", "min_seconds", "max_seconds", "valid")  # of the flags: by what clips are chosen and how they are kept
 LAYOUTS = {  # a path that only this layout has: its reader
     "manifest.csv": lambda root: from_manifest(root / "manifest.csv"),
     "**/*.normalized.txt": from_libritts,
@@ -435,10 +543,11 @@ LAYOUTS = {  # a path that only this layout has: its reader
 
 
 def list_clips(source: Path, alone: bool = True) -> list[tuple]:
-    """All clips of a manifest or folder, sorted by id. Where it is not alone, ids and voices without a name are told by their source."""
+    """All clips of a manifest or folder, sorted by id. Beside other sources, ids and unnamed voices get its name."""
     if not source.exists():
         raise InputError(f"no such file or folder: {source}")
-    read = from_manifest if source.is_file() else next((read for pattern, read in LAYOUTS.items() if next(below(source, pattern), None)), None)
+    readers = [read for pattern, read in LAYOUTS.items() if next(below(source, pattern), None)]
+    read = from_manifest if source.is_file() else next(iter(readers), None)
     if not read:
         raise InputError(f"no speech found in {source} (looked for {', '.join(LAYOUTS)})")
     try:
@@ -451,27 +560,24 @@ def list_clips(source: Path, alone: bool = True) -> list[tuple]:
     for name, _, speaker, _, _ in clips:  # which the index could not hold
         if set("\t\0") & set(name + speaker) or len(f"{name}.{speaker}.".splitlines()) > 1:
             raise InputError(f"{source}: {name!r} by {speaker!r} has a tab, a line break or a null byte in its name")
-    if not alone:
-        clips = [(f"{source}:{name}", path, f"{source}:{speaker}" if speaker in ("LJ", name) else speaker, *rest) for name, path, speaker, *rest in clips]
-    return clips
+    if alone:
+        return clips
+    voice = lambda name, speaker: f"{source}:{speaker}" if speaker in ("LJ", name) else speaker
+    return [(f"{source}:{name}", path, voice(name, speaker), *rest) for name, path, speaker, *rest in clips]
 
 
-def differences(found: dict, wanted: dict) -> str:
-    """What differs between two settings, clip by clip, in words."""
-    found, wanted = (settings | settings.get("recordings", {}) for settings in (found, wanted))
-    differ = [f"{k}: {found.get(k)}, now {wanted.get(k)}" for k in found | wanted if k != "recordings" and found.get(k) != wanted.get(k)]
-    return "; ".join(differ[:3]) + f" and {len(differ) - 3} more" * (len(differ) > 3)
-
-
-def download(subsets: str, root: Path) -> list[Path]:
+def download(subsets: str, root: Path = Path("downloads")) -> list[Path]:
     """Fetch LibriTTS subsets, or LibriSpeech's as librispeech:NAME, through torchaudio; returns their folders."""
     folders = []
     for name in subsets.split(","):
         corpus, _, subset = name.rpartition(":")
-        dataset, inside = (torchaudio.datasets.LIBRISPEECH, "LibriSpeech") if corpus == "librispeech" else (torchaudio.datasets.LIBRITTS, "LibriTTS")
-        partial, folder = root / WORK, root / inside / subset
+        inside, dataset = "LibriTTS", torchaudio.datasets.LIBRITTS
+        if corpus == "librispeech":
+            inside, dataset = "LibriSpeech", torchaudio.datasets.LIBRISPEECH
+        partial = root / WORK
+        folder = root / inside / subset
         if not folder.is_dir():
-            shutil.rmtree(partial / inside / subset, ignore_errors=True)  # torchaudio would take a half unpacked one for the whole
+            shutil.rmtree(partial / inside / subset, ignore_errors=True)  # torchaudio would take half for the whole
             partial.mkdir(parents=True, exist_ok=True)
             try:
                 dataset(partial, url=subset, download=True)
@@ -483,25 +589,27 @@ def download(subsets: str, root: Path) -> list[Path]:
     return folders
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The passes: audio, SSL features and latents, each chunk by chunk.
+# ----------------------------------------------------------------------------------------------------------------------
+# Passes over all clips, chunk by chunk: a chunk is the unit of sharing between ranks and of resuming.
+
+CHUNK = 128  # clips
+WORK = ".prepare"  # scratch space in --out, removed in the end: a name that no folder of the user's has
 
 
-def each_chunk(args, name: str, count: int, do, rank: int, world: int) -> list[Path]:
-    """do(part) for this rank's share of the clips 0 … count-1, args.chunk at a time, that is not marked as done. What it returns stands in
-    the marks, which are returned."""
-    marks = [args.out / WORK / f"{name}-{k}" for k in range(math.ceil(count / args.chunk))]
+def each_chunk(out: Path, name: str, count: int, do, rank: int, world: int) -> list:
+    """do(range of clips) for this rank's chunks of 0 … count - 1 that are not marked as done. Returns what it returned
+    for all chunks, which is kept in the marks."""
+    marks = [out / WORK / f"{name}-{k}" for k in range(math.ceil(count / CHUNK))]
     todo = [k for k in range(rank, len(marks), world) if not marks[k].exists()]
-    pace = 1 if sys.stderr.isatty() else 60  # seconds between two sights of the bar: in a file, each is a line
+    pace = 1 if sys.stderr.isatty() else 60  # seconds between two updates of the bar: in a file, each is a line
     for k in tqdm(todo, desc=name, unit="chunk", disable=rank > 0, mininterval=pace):
-        note = json.dumps(do(range(count)[k * args.chunk : (k + 1) * args.chunk]))
-        write_atomic(marks[k], lambda p: p.write_text(note, encoding="utf-8"))
+        write_text(marks[k], json.dumps(do(range(count)[k * CHUNK : (k + 1) * CHUNK])))
     barrier()
-    return marks
+    return [json.loads(mark.read_text(encoding="utf-8")) for mark in marks] if rank == 0 else []
 
 
 def read_clip(clip, args) -> tuple[bytes, str, int]:
-    """The int16 samples of a clip that is fit for training; else none, and why it is not. And the rate it was recorded at."""
+    """(int16 samples, "", rate of the recording) of a clip that is fit for training, else (none, why it is not, 0)."""
     _, path, _, text, _ = clip
     try:
         wave = read_audio(path, args.sample_rate)
@@ -514,88 +622,141 @@ def read_clip(clip, args) -> tuple[bytes, str, int]:
         f"longer than {args.max_seconds} s": len(wave) > args.max_seconds * args.sample_rate,
         "silent": not loudness(wave, args.sample_rate)[1],
     }
-    why = next((reason for reason, found in checks.items() if found), "")
-    return b"" if why else (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), why, sf.info(path).samplerate
+    for why, found in checks.items():
+        if found:
+            return b"", why, 0
+    return (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), "", sf.info(path).samplerate
 
 
 def fill_audio(clips, args, rank: int, world: int) -> None:
     """Read every clip; then write audio.bin, dropped.tsv, index.tsv and the first meta.json."""
-    out, part_file = args.out, lambda start: args.out / WORK / f"{start}.audio"
+    out = args.out
 
     def read(part):
         found = list(pool.map(lambda i: read_clip(clips[i], args), part))
-        write_atomic(part_file(part.start), lambda p: p.write_bytes(b"".join(samples for samples, _, _ in found)))
+        audio = b"".join(samples for samples, _, _ in found)
+        write_atomic(out / WORK / f"{part.start}.audio", lambda p: p.write_bytes(audio))
         return [(len(samples) // 2, why, rate) for samples, why, rate in found]
 
     def join(path):
         with open(path, "wb") as f:
-            for start in range(0, len(clips), args.chunk):
-                f.write(part_file(start).read_bytes())
+            for start in range(0, len(clips), CHUNK):
+                f.write((out / WORK / f"{start}.audio").read_bytes())
 
-    with ThreadPoolExecutor(args.workers) as pool:
-        marks = each_chunk(args, "audio", len(clips), read, rank, world)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        verdicts = sum(each_chunk(out, "audio", len(clips), read, rank, world), [])
     if rank > 0:
         return
-    verdicts = [v for mark in marks for v in json.loads(mark.read_text(encoding="utf-8"))]
     kept = [(*clip, samples) for clip, (samples, _, _) in zip(clips, verdicts) if samples]
     dropped = [(clip[0], why) for clip, (_, why, _) in zip(clips, verdicts) if why]
-    for rate, count in sorted(Counter(rate for samples, _, rate in verdicts if samples and rate < args.sample_rate).items()):
-        print(f"{count} clips were recorded at {rate} Hz: nothing above {rate // 2} Hz is in them (--sample-rate {args.sample_rate})")
-    write_atomic(out / "dropped.tsv", lambda p: p.write_text("".join(f"{name}\t{why}\n" for name, why in dropped), encoding="utf-8"))
+    low = Counter(rate for samples, _, rate in verdicts if samples and rate < args.sample_rate)
+    for rate, count in sorted(low.items()):
+        print(f"{count} clips were recorded at {rate} Hz: nothing above {rate // 2} Hz is in them")
+    write_text(out / "dropped.tsv", "".join(f"{name}\t{why}\n" for name, why in dropped))
     if not kept:
         shutil.rmtree(out / WORK)  # mended, also by other settings, they are looked at again
-        raise InputError(f"all {len(clips)} clips were dropped; the reasons are in {out / 'dropped.tsv'}, the first: {dropped[0][1]}")
-    if not any(c[4] for c in kept):  # no split given: the clips whose names hash lowest are for validation
+        raise InputError(f"all {len(clips)} clips were dropped (see {out / 'dropped.tsv'}), the first: {dropped[0][1]}")
+    if not any(split for *_, split, _ in kept):  # the clips whose names hash lowest are for validation
         order = sorted(range(len(kept)), key=lambda i: zlib.crc32(kept[i][0].encode()))
         chosen = set(order[: max(1, round(args.valid * len(kept)))] if len(kept) > 1 else [])
-        kept = [(*c[:4], "valid" if i in chosen else "train", c[5]) for i, c in enumerate(kept)]
-    line = lambda name, path, speaker, text, split, samples: f"{name}\t{split or 'train'}\t{speaker}\t{samples}\t{normalize_text(text, args.text)}\n"
-    write_atomic(out / "index.tsv", lambda p: p.write_text("id\tsplit\tspeaker\tsamples\ttext\n" + "".join(line(*c) for c in kept), encoding="utf-8"))
+        kept = [(*clip[:4], "valid" if i in chosen else "train", clip[5]) for i, clip in enumerate(kept)]
+    index = ["id\tsplit\tspeaker\tsamples\ttext\n"]
+    for name, _, speaker, text, split, samples in kept:
+        index.append(f"{name}\t{split or 'train'}\t{speaker}\t{samples}\t{normalize_text(text, args.text)}\n")
+    write_text(out / "index.tsv", "".join(index))
     write_atomic(out / "audio.bin", join)
-    total = sum(c[5] for c in kept)
-    meta = dict(sample_rate=args.sample_rate, text=args.text, teacher=args.ssl, layer=args.layer, aligner=args.aligner, sources=[str(s) for s in args.source], clips=len(kept),
-                hours=round(total / args.sample_rate / 3600, 4), speakers=len({c[2] for c in kept}), audio=dict(shape=[total], dtype="int16", rate=args.sample_rate))  # fmt: skip
+    total = sum(samples for *_, samples in kept)
+    meta = dict(
+        sample_rate=args.sample_rate,
+        text=args.text,
+        teacher=args.ssl,
+        layer=args.layer,
+        aligner=args.aligner,
+        sources=[str(source) for source in args.source],
+        clips=len(kept),
+        hours=round(total / args.sample_rate / 3600, 4),
+        speakers=len({speaker for _, _, speaker, *_ in kept}),
+        audio=dict(shape=[total], dtype="int16", rate=args.sample_rate),
+    )
     write_json(out / "meta.json", meta)
 
 
-def fill(data: Data, args, name: str, entry: dict, width: tuple, make, rank: int, world: int, dtype="float16") -> tuple[np.memmap | None, np.ndarray]:
-    """A file for array `name` [rows, *width], filled in place: make(part) gives the rows of these clips. Returns it, to rank 0, and its offsets.
+def fill(data: Data, out: Path, name: str, facts: dict, width: tuple, make, rank: int, world: int, dtype="float16"):
+    """The array `name` [rows, *width] as a file that is filled in place: make(clips) gives the rows of these clips.
+    Returns it (to rank 0) and its offsets.
 
-    Every rank writes its chunks into the one file; what another pass, model or VAE left half-done is removed. Written, not mapped: a full disk
-    would kill a process that writes through a map, without a word."""
-    work, offsets = args.out / WORK, data.offsets_at(entry["rate"])
-    path, shape = work / f"{zlib.crc32(json.dumps([entry, args.chunk]).encode())}.bin", (int(offsets[-1]), *width)
+    Every rank writes its chunks into the one file; what another pass, model or VAE left unfinished is removed. Written,
+    not mapped: a full disk would kill a process that writes through a map."""
+    offsets = data.offsets_at(facts["rate"])
+    path = out / WORK / f"{zlib.crc32(json.dumps(facts).encode())}.bin"
     row_bytes = np.dtype(dtype).itemsize * math.prod(width)
     if rank == 0 and not path.exists():
-        shutil.rmtree(work, ignore_errors=True)
-        free, needed = shutil.disk_usage(args.out).free, int(offsets[-1]) * row_bytes
+        shutil.rmtree(out / WORK, ignore_errors=True)
+        free = shutil.disk_usage(out).free
+        needed = int(offsets[-1]) * row_bytes
         if free < needed:
-            raise InputError(f"{name} of {args.out} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left")
+            raise InputError(f"{name} of {out} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left")
         write_atomic(path, lambda p: p.touch())
     barrier()
 
-    def do(part):
-        rows = make(part).cpu().numpy().astype(dtype, copy=False)
+    def do(clips):
+        rows = make(clips).cpu().numpy().astype(dtype, copy=False)
         try:
             with open(path, "rb+") as f:
-                f.seek(int(offsets[part.start]) * row_bytes)
+                f.seek(int(offsets[clips.start]) * row_bytes)
                 f.write(rows.tobytes())
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as e:
             raise InputError(f"cannot write {path}: {e}; what was there before is whole") from e
 
-    each_chunk(args, name, len(data.clips), do, rank, world)
-    return (np.memmap(path, dtype, "r", shape=shape) if rank == 0 else None), offsets  # which rank 0 moves at once
+    each_chunk(out, name, len(data.clips), do, rank, world)
+    shape = (int(offsets[-1]), *width)
+    return (np.memmap(path, dtype, "r", shape=shape) if rank == 0 else None), offsets  # rank 0 moves it at once
 
 
-def finish(out: Path, name: str, array: np.memmap, entry: dict) -> None:
-    """Move the filled array to its place and enter it in meta.json as its newest, in an order that never pairs old numbers with new notes."""
+def finish(out: Path, name: str, array: np.memmap, facts: dict) -> None:
+    """Move the filled array to its place and enter it in meta.json as the newest; no entry ever names other rows."""
     meta = read_json(out / "meta.json")
     if meta.pop(name, None):
         write_json(out / "meta.json", meta)
     os.replace(array.filename, out / f"{name}.bin")
-    write_json(out / "meta.json", meta | {name: entry | dict(shape=array.shape, dtype=array.dtype.name)})
+    write_json(out / "meta.json", meta | {name: facts | dict(shape=array.shape, dtype=array.dtype.name)})
+
+
+def file_stamp(path: Path) -> tuple:
+    """What changes with a file: its size and time; empty if it is missing."""
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
+
+
+def differences(found: dict, wanted: dict) -> str:
+    """What differs between two settings, in words."""
+    differ = [f"{k}: {found.get(k)}, now {wanted.get(k)}" for k in found | wanted if found.get(k) != wanted.get(k)]
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return "; ".join(differ[:3]) + more
+
+
+def check_source(args, clips) -> None:
+    """Refuse what would mix data, then note what the folder is made from."""
+    settings = {name: getattr(args, name) for name in CHOICES} | dict(sources=list(map(str, args.source)))
+    recordings = {name: [zlib.crc32(repr(texts).encode()), *file_stamp(path)] for name, path, *texts in clips}
+    path = args.out / "settings.json"
+    twice, count = Counter(os.path.realpath(clip[1]) for clip in clips).most_common(1)[0]
+    if args.valid != VALID and any(split for *_, split in clips):
+        raise InputError("--valid is for sources that name no splits: change their column split, or drop the flag")
+    if count > 1:
+        raise InputError(f"{twice} is listed {count} times, perhaps for training and validation: list it once")
+    foreign = [name for name in ("meta.json", "index.tsv", "audio.bin", "dropped.tsv") if (args.out / name).exists()]
+    if foreign and not path.exists():
+        raise InputError(f"{args.out} holds a {foreign[0]}, but no settings.json of ours: choose another --out")
+    if (args.out / "meta.json").exists() or (args.out / WORK).exists():
+        before = read_json(path)
+        differ = differences(before | before.pop("recordings", {}), settings | recordings)
+        if differ:
+            raise InputError(f"{args.out} was made with other settings or recordings ({differ}): choose another "
+                             "--out, or remove it")
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_json(path, settings | dict(recordings=recordings))
 
 
 def revision(name: str | Path, config=None) -> str:
@@ -603,330 +764,577 @@ def revision(name: str | Path, config=None) -> str:
     path = Path(name)
     if not path.exists():
         return config._commit_hash
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
-    files = files or sorted(path.glob("*.pt"))  # a fine-tune of F5-TTS
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+        files = files or sorted(path.glob("*.pt"))  # a fine-tune of F5-TTS
     return "sha256:" + hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
 
 
 def from_hub(what: str, name: str, *kinds: str) -> list:
-    """What transformers' Auto classes of these kinds load by hub id or folder; failing is an InputError that says what was asked for."""
+    """What transformers' Auto classes of these kinds load, by hub id or folder; failing is an InputError."""
     import transformers
 
     flag = {"SSL model": "--ssl", "aligner": "--aligner", "recogniser": "--asr", "speaker model": "--sim"}[what]
-    transformers.utils.logging.set_verbosity_error()  # a CTC head left out is not worth a page of warning
+    transformers.utils.logging.set_verbosity_error()  # an unused CTC head is not worth a page of warning
     transformers.utils.logging.disable_progress_bar()
     try:
-        if str(name).startswith(HERE) and not Path(name).exists():
+        if str(name).startswith(LOCAL) and not Path(name).exists():
             raise OSError("no such folder")
         return [getattr(transformers, f"Auto{kind}").from_pretrained(name) for kind in kinds]
     except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"cannot load the {what} {name}: {str(e).splitlines()[0]}: if it was moved, name it with {flag}") from e
+        why = str(e).splitlines()[0]
+        raise InputError(f"cannot load the {what} {name}: {why}: if it was moved, name it with {flag}") from e
 
 
-class SSLModel:
-    """A frozen Hugging Face speech encoder: WavLM, HuBERT, wav2vec 2.0, XLS-R, w2v-BERT, a Whisper encoder…
+# ----------------------------------------------------------------------------------------------------------------------
+# What all scripts share: flags, ranks, how a script ends, locks.
 
-    The waves go through the model's own feature extractor (zero mean and unit variance, where it was trained so)."""
 
-    layers = 1  # side by side in the features
+def at_least(least: float, kind=int, most: float = sys.maxsize):
+    """What a flag may be, for add_argument(type=...): a number from `least` to `most`."""
 
-    def __init__(self, name: str, layer: int | str = -1, device=torch.device("cpu")):
-        """layer: a hidden state, -1 for the last, "all": every one, side by side, or "logits": of a CTC model."""
-        self.extractor, model = from_hub("SSL model", name, "FeatureExtractor", "ModelForCTC" if layer == "logits" else "Model")
-        self.name, self.layer, self.device, self.revision = name, layer, device, revision(name, model.config)
-        states = getattr(model.config, "num_hidden_layers", 0) + 1
-        if isinstance(layer, int) and not -states <= layer < states:
-            raise InputError(f"{name} has the hidden states 0 to {states - 1}, no --layer {layer}")
-        self.layers = states if layer == "all" else 1
-        self.whisper = model.config.model_type == "whisper"
-        self.model = (model.get_encoder() if self.whisper else model).float().to(device).eval()  # float32, however it is stored
-        self.sample_rate = self.extractor.sampling_rate
-        # Group norm over time sees padding, and these models were trained without masks: only equal lengths are batched.
-        self.equal_lengths = getattr(model.config, "feat_extract_norm", None) == "group"
-        if self.whisper:
-            self.rate, self.width = Fraction(model.config.max_source_positions, 30), model.config.d_model * self.layers
-        else:
-            short, long = (self([np.zeros(s * self.sample_rate, np.float32)])[0] for s in (1, 11))
-            self.rate, self.width = Fraction(len(long) - len(short), 10), long.shape[1]
+    def number(text: str):
+        if not least <= kind(text) <= most:  # nan is neither
+            limit = f" and at most {most}" if most < sys.maxsize else ""
+            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, found {text}")
+        return kind(text)
 
-    @torch.no_grad()
-    def __call__(self, waves: list[np.ndarray]) -> list[torch.Tensor]:
-        """float32 [T] waves → float32 features [S, D] of each wave's own length, as if alone."""
-        if self.whisper and max(map(len, waves)) > 30 * self.sample_rate:
-            raise InputError(f"{self.name} hears 30 s at most: prepare the data with --max-seconds 30")
-        options = {} if self.whisper else dict(padding=True, return_attention_mask=not self.equal_lengths)
-        inputs = self.extractor(waves, sampling_rate=self.sample_rate, return_tensors="pt", **options).to(self.device)
-        out = self.model(**inputs, output_hidden_states=self.layer not in (-1, "logits"))
-        states = out.logits if self.layer == "logits" else out.last_hidden_state if self.layer == -1 else torch.cat(out.hidden_states, -1) if self.layer == "all" else out.hidden_states[self.layer]
-        if self.whisper:
-            frames = [frame_count(len(w), self.sample_rate, self.rate) for w in waves]
-        elif "input_features" in inputs:  # w2v-BERT: its extractor already makes the frames
-            frames = inputs["attention_mask"].sum(1).tolist()
-        else:
-            frames = [int(self.model._get_feat_extract_output_lengths(torch.tensor(len(w)))) for w in waves]
-        return [s[:n].float() for s, n in zip(states, frames)]
+    return number
 
-    def facts(self) -> dict:
-        return dict(model=self.name, revision=self.revision, layer=self.layer, layers=self.layers, dim=self.width, rate=str(self.rate))
 
-    def batches(self, lengths: list[int], seconds: float) -> list[list[int]]:
-        """Positions grouped by length into batches of at most `seconds` of padded audio."""
-        batches = []
-        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            fits = batches and lengths[i] * (len(batches[-1]) + 1) <= seconds * self.sample_rate
-            if fits and not (self.equal_lengths and lengths[i] != lengths[batches[-1][0]]):
-                batches[-1].append(i)
+def switch(value: bool) -> dict:
+    """Options of a flag that is also there as --no-…."""
+    return dict(action=argparse.BooleanOptionalAction, default=value)
+
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+PREPARING = datetime.timedelta(hours=24)  # how long ranks wait for each other: here they meet once, at the end
+TRAINING = datetime.timedelta(minutes=30)
+
+
+def start_ranks(wanted: str | None = None, patience: datetime.timedelta = PREPARING):
+    """(rank, world, device), joining the process group if torchrun started us: gloo for CPUs, NCCL for GPUs.
+
+    wanted: "cpu" or "cuda" where only that will do. An NVIDIA GPU that cannot be used is an InputError: at a hundredth
+    of the speed, a run would look as if all were well."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or wanted == "cpu"
+    usable = torch.cuda.is_available()
+    if wanted == "cuda" and not usable:
+        raise InputError("--device cuda: torch finds no GPU that it can use")
+    if not hidden and not usable and NVIDIA_DRIVER.exists():
+        driver = NVIDIA_DRIVER.read_text(encoding="utf-8").splitlines()[0]
+        raise InputError(f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use; its CUDA "
+                         f"{torch.version.cuda} needs driver 580 or later, found: {driver}: update it, install torch "
+                         "from a wheel index for an older CUDA, or use the CPU with CUDA_VISIBLE_DEVICES= before the "
+                         "command (trainings: --device cpu)")
+    device = torch.device("cuda", local) if usable and not hidden else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"rank {local} has no GPU: found {torch.cuda.device_count()} here; lower --nproc_per_node")
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length; flash attention does not
+    torch.set_float32_matmul_precision("highest")  # what is not in bfloat16 is float32 in full: STFTs, losses, scores
+    if sys.platform == "linux":  # loader processes share the mapped arrays; started afresh, each would get a copy
+        multiprocessing.set_start_method("fork", force=True)
+    if world > 1 and not dist.is_initialized():
+        options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**options, timeout=patience)
+    return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def has_bfloat16() -> bool:
+    """Whether matrix products are faster in bfloat16: on GPUs, and on CPUs with instructions for it."""
+    able = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+class Unbroken:
+    """stdout or stderr whose reader may go away (`| head`, a closed terminal): the work goes on, unseen."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self) -> None:
+        self.write("")
+
+
+def cli(main) -> None:
+    """Run main(). An InputError becomes one line and exit code 2; Ctrl-C and SIGTERM one line and 130 or 143."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
+    sys.stdout = Unbroken(sys.stdout)
+    sys.stderr = Unbroken(sys.stderr)
+    try:
+        try:
+            main()
+            code = 0
+        except SystemExit as e:  # --help; a training that was stopped, on all ranks after the same step
+            code = e.code
+        barrier()  # leave together: a rank that exits while gloo still holds its tensors may be aborted
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
+    except (InputError, torch.OutOfMemoryError) as e:
+        code = 2
+        if int(os.environ.get("RANK", 0)):  # what all ranks find is said by the first; torchrun then ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        why = ""
+        if not isinstance(e, InputError):
+            why = ("the GPU is out of memory: lower --micro-batch (train_vae.py), --micro-seconds (train_tts.py), "
+                   "--batch-seconds (prepare.py) or --batch-size (sample.py, evaluate.py): ")
+        print(f"error: {why}{e}", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print("interrupted: run the command again, a training with --resume", file=sys.stderr)
+        code = 128 + (e.args[0] if e.args else signal.SIGINT)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(code)  # to leave the group in order, NCCL would wait for ranks that wait for this one
+    sys.exit(code)
+
+
+def lock(folder: Path):
+    """Refuse a folder that another process is writing to. The lock lasts as long as the returned file, or this process:
+    its end, however sudden, frees it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8")
+        try:
+            if not fcntl:
+                raise OSError(errno.ENOSYS, "no file locks")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a loader process would hold on to
+        except OSError as e:  # Windows; a network's or cluster's file system
+            if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f"this file system has no locks: start no second command that writes to {folder}")
+        file.truncate(0)
+        now = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
+        print(f"process {os.getpid()} on {platform.node()}, since {now}", file=file, flush=True)
+        return file
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        raise InputError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None
+    except OSError as e:
+        raise InputError(f"cannot write in {folder}: {e}") from e
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What both trainings share: flags, the run folder, compilation, the update.
+
+
+def in_demo(path):
+    """A path into demo/ as it is now, if the checkout was moved since it was noted; any other value as it is."""
+    moved = DEMO / str(path).rpartition("/demo/")[2]
+    return str(moved) if "/demo/" in str(path) and not Path(path).exists() and moved.exists() else path
+
+
+def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> argparse.Namespace:
+    """The flags of a training, with those that both share. What is not given comes from the run that --resume goes on
+    with, or else from the preset."""
+    flag = parser.add_argument
+    flag("--preset", choices=list(PRESETS), help="sizes and settings in place of the defaults (demo data: demo)")
+    flag("--resume", action="store_true", help="go on with the run in --out, with its settings but for flags given")
+    flag("--init", help="start from the weights of this folder or hub id, to fine-tune them")
+    flag("--steps", type=at_least(1), default=600_000, help="updates (default %(default)s)")
+    flag("--ema", type=at_least(0, float, 1), default=0.9999, help="decay of the averaged weights (default 0.9999)")
+    flag("--eval-every", type=at_least(1), default=5000, help="steps between evaluations and saves (default 5000)")
+    flag("--keep", type=at_least(0), default=0, help="also keep the last so many checkpoints, as OUT/step0005000")
+    flag("--log-every", type=at_least(1), default=100, help="steps between log lines (default %(default)s)")
+    flag("--workers", type=at_least(0), default=4 if torch.cuda.is_available() else 0, help="loader processes a rank")
+    flag("--bf16", **switch(bf16), help="matrix products in bfloat16 (default: where that is faster)")
+    flag("--compile", **switch(torch.cuda.is_available()), help="torch.compile (default: on a GPU)")
+    flag("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
+    flag("--seed", type=at_least(0), default=0, help="default %(default)s")
+    known, _ = parser.parse_known_args(argv)
+    files = ("args.json", "state.pt", "config.json", "model.safetensors", "log.csv")
+    there = [name for name in files if (known.out / name).exists()]
+    if known.resume:
+        if there[:2] != ["args.json", "state.pt"]:
+            raise InputError(f"{known.out} holds no run to resume (args.json and state.pt): begin it without --resume")
+        saved = read_json(known.out / "args.json")
+        parser.set_defaults(**{name: in_demo(value) for name, value in saved.items()})
+    else:
+        if "state.pt" in there:
+            raise InputError(f"{known.out} already holds a run: add --resume to go on with it, or choose another --out")
+        if there and not (known.out / ".lock").exists():
+            raise InputError(f"{known.out} holds a {there[0]}, but no run that was begun here: choose another --out")
+        parser.set_defaults(**PRESETS[known.preset or "demo"][kind])
+    return parser.parse_args(argv)
+
+
+def check_run(args, data: Data, device, **facts) -> None:
+    """Refuse what would waste hours. facts: what the run learns from, which a resumed run must find unchanged."""
+    demo = all(Path(source).parts[-2:] == ("demo", "corpus") for source in data.meta["sources"])
+    if not args.preset and not demo:
+        raise InputError(f"{args.data} is not the demo's: choose a --preset: {', '.join(PRESETS)}")
+    args.preset = args.preset or "demo"
+    if device.type == "cpu" and args.preset != "demo" and args.device != "cpu":
+        raise InputError(f"--preset {args.preset} is made for GPUs, and none was found: --device cpu trains it, slowly")
+    warmup = getattr(args, "warmup", 0)
+    if args.steps <= warmup:
+        raise InputError(f"--steps {args.steps} ends within the --warmup of {warmup} steps: change one of them")
+    if not data.split("train") or not data.split("valid"):
+        raise InputError(f"{args.data} holds {len(data.split('train'))} training and {len(data.split('valid'))} "
+                         "validation clips, and both are needed: mark some as valid in its manifest's column split, "
+                         "or drop that column, and prepare it anew")
+    facts = dict(data=data.identity, normalisation=data.meta["text"]) | facts
+    for name, value in facts.items():
+        before = getattr(args, "facts", facts).get(name, value)
+        if before != value:
+            raise InputError(f"{args.out} learned with {name} {before}, {args.data} now has {value}: give the --data "
+                             "of before, or begin anew in another --out")
+    args.facts = facts
+
+
+# What a stream of random numbers is for, before its seed: numpy pads seeds with zeros, so [s, 1] and [s, 1, 0] are one.
+ORDER = 1
+DRAWS = 2
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+MATRIX_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # dense bfloat16
+
+
+class Run:
+    """A training's folder and the frame of its loop. It locks the folder, restores what --resume finds, yields the
+    steps, and after each of them logs, saves and stops, in this order and on all ranks after the same step.
+
+    Networks, batches, losses and updates are the script's."""
+
+    def __init__(self, args, rank: int, world: int, device):
+        self.args = args
+        self.rank = rank
+        self.world = world
+        self.device = device
+        self.held = lock(args.out) if rank == 0 else None
+        self.group = dist.new_group(backend="gloo", timeout=TRAINING) if world > 1 else None  # CPUs agree on signals
+        self.signal = 0
+        for number in STOPS:
+            if number != getattr(signal, "SIGHUP", 0) or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        """Note it: the step is finished and saved. A second Ctrl-C is at once; a second SIGTERM is not, since
+        schedulers send it to torchrun and to the ranks alike."""
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt(number)
+        self.signal = number
+
+    def begin(self, ema, notes: dict, modules: dict, columns: list[str], flops: float, turn: int = 0) -> None:
+        """ema and notes: what sampling needs; modules: what training goes on from; flops: of a forward pass over a
+        second of audio; turn: one more step after which to evaluate and save."""
+        args = self.args
+        self.ema = ema
+        self.notes = notes
+        self.modules = modules | dict(ema=ema)
+        self.columns = ["step", *columns, "skipped", "lr", "seconds", "audio", "memory", "mfu"]
+        self.flops = flops
+        self.turn = turn
+        self.first = 0
+        self.kept = {}  # numbers that checkpoints keep
+        self.seconds = 0.0
+        path = args.out / "state.pt"
+        if args.resume:
+            try:
+                state = load_torch(path)
+                for name, module in self.modules.items():
+                    module.load_state_dict(state[name])
+                self.first = int(state["step"])
+                self.kept = dict(state["kept"])
+                self.seconds = float(state["seconds"])
+            except Exception as e:  # torch raises many kinds for names, shapes and types that do not fit
+                why = str(e).splitlines()[0]
+                raise InputError(f"cannot resume from {path}: {why}; choose another --out to begin anew") from e
+        if self.first > args.steps:
+            raise InputError(f"{args.out} has made {self.first} steps, more than --steps {args.steps}: give more")
+        self.means = {}
+        self.scores = {}
+        self.streak = torch.zeros((), device=self.device)  # updates skipped in a row, and the most of them
+        self.longest = torch.zeros((), device=self.device)
+        if self.rank > 0:
+            return
+        if self.first == args.steps:
+            print(f"{args.out} has made all of its {args.steps} steps: to go on, give more with --steps")
+        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "resume"}
+        write_json(args.out / "args.json", settings)
+        log = args.out / "log.csv"
+        rows = log.read_text(encoding="utf-8").split("\n")[1:-1] if self.first and log.exists() else []  # whole lines
+        rows = [row for row in rows if int(row.split(",")[0]) <= self.first]  # others were lost with a crash
+        write_text(log, "\n".join([",".join(self.columns), *rows, ""]))
+
+    def steps(self):
+        """Yield each step; `evaluating` says whether it ends with an evaluation, for which scripts call score()."""
+        args = self.args
+        self.start = time.time() - self.seconds
+        self.pace_start = time.time()
+        self.audio = 0.0  # seconds that were trained on since
+        hidden = self.rank > 0 or None  # None: where there is no terminal
+        steps = range(self.first, args.steps)
+        bar = tqdm(steps, initial=self.first, total=args.steps, disable=hidden, desc=args.out.name)
+        for step in bar:
+            done = step + 1
+            self.evaluating = done % args.eval_every == 0 or done in (args.steps, self.turn)
+            yield step
+            number = torch.tensor(self.signal)
+            if self.group:
+                dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+            saving = self.evaluating or number > 0
+            if done == 1 or done % args.log_every == 0 or saving:
+                self.log(done)
+            if saving and self.rank == 0:
+                self.save(done)
+            if number > 0:
+                bar.close()
+                if self.rank == 0:
+                    print(f"stopped at step {done}, which is saved: go on with --resume --out {args.out}")
+                raise SystemExit(128 + int(number))
+
+    def note(self, **values) -> None:
+        """Named scalars of this step: tensors, which are averaged over steps and ranks without a pause; numbers, which
+        are logged as they are."""
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                self.means.setdefault(name, []).append(value.detach().float())
             else:
-                batches.append([i])
-        return batches
+                self.scores[name] = value
+        if "skipped" in values:
+            self.streak = (self.streak + 1) * values["skipped"]
+            self.longest = torch.maximum(self.longest, self.streak)
+
+    def score(self, evaluate, *args) -> None:
+        """Rank 0 logs the dict that evaluate(*args) returns. Its time does not count in the throughput."""
+        begun = time.time()
+        if self.rank == 0:
+            self.scores |= evaluate(*args)
+        self.pace_start += time.time() - begun
+
+    def log(self, done: int) -> None:
+        """One row in log.csv and on the screen. Five skipped updates in a row end the run before they are saved."""
+        values = [torch.stack(v) for v in self.means.values()]
+        means = torch.stack([v[v.isfinite()].mean() for v in values])  # "skipped" counts the others
+        if self.world > 1:
+            dist.all_reduce(means)
+        row = dict(step=done) | dict(zip(self.means, (means / self.world).tolist())) | self.scores
+        pace = self.audio / (time.time() - self.pace_start)
+        row |= dict(seconds=round(time.time() - self.start, 1), audio=pace)
+        if self.device.type == "cuda":
+            row["memory"] = torch.cuda.max_memory_allocated() / 1e9
+            name = torch.cuda.get_device_name(self.device)
+            rate = [1e12 * rate for part, rate in MATRIX_TFLOPS.items() if part in name]
+            if rate:  # backward costs two forward passes
+                row["mfu"] = 3 * pace * self.flops / (rate[0] * self.world)
+        if self.rank == 0:
+            shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in row.items()}
+            with open(self.args.out / "log.csv", "a", encoding="utf-8") as f:
+                f.write(",".join(shown.get(name, "") for name in self.columns) + "\n")
+            tqdm.write("  ".join(f"{name} {value}" for name, value in shown.items()))
+        if self.longest >= 5:
+            raise InputError(f"step {done}: five updates in a row were skipped, since their gradients were not "
+                             "finite: lower --lr, or look for recordings that are not speech, then --resume")
+        self.means = {}
+        self.scores = {}
+        self.longest.zero_()
+        self.pace_start = time.time()
+        self.audio = 0.0
+
+    def save(self, done: int) -> None:
+        """The averaged weights, which sampling needs, and state.pt. With --keep both also stay in OUT/step0005000, from
+        where --resume --out OUT/step0005000 goes on."""
+        args = self.args
+        begun = time.time()
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= dict(step=done, kept=self.kept, seconds=time.time() - self.start)
+        folders = [args.out, args.out / f"step{done:07d}"] if args.keep else [args.out]
+        for folder in folders:
+            notes = self.notes | dict(step=done)
+            vae = notes.get("vae", "")
+            if folder != args.out and vae and (args.out / vae).is_dir():
+                notes["vae"] = os.path.join("..", vae)
+            self.ema.save_pretrained(folder, **notes)
+            write_atomic(folder / "state.pt", lambda p: torch.save(state, p))
+        for name in ("args.json", "log.csv") if args.keep else ():
+            shutil.copyfile(args.out / name, folder / name)
+        for old in sorted(args.out.glob("step" + 7 * "[0-9]"))[: -args.keep] if args.keep else ():
+            shutil.rmtree(old, ignore_errors=True)
+        self.pace_start += time.time() - begun
 
 
-class Teachers(SSLModel):
-    """Several SSL models of the same frame rate, their features side by side: what each knows can shape the latents (after arXiv 2312.06709)."""
-
-    def __init__(self, names: list[str], layer: int, device):
-        self.models = [SSLModel(name, layer, device) for name in names]
-        self.name, self.layer, self.revision = ",".join(names), layer, ",".join(str(m.revision) for m in self.models)
-        self.sample_rate, self.rate, self.width = self.models[0].sample_rate, self.models[0].rate, sum(m.width for m in self.models)
-        self.equal_lengths = any(m.equal_lengths for m in self.models)
-        if layer == "all" or any((m.sample_rate, m.rate) != (self.sample_rate, self.rate) for m in self.models):
-            raise InputError(f"{self.name}: several teachers need one layer, and sample and frame rates that agree: {[(m.sample_rate, float(m.rate)) for m in self.models]}")
-
-    def __call__(self, waves):
-        each = zip(*(model(waves) for model in self.models))
-        return [torch.cat([f[: min(map(len, features))] for f in features], -1) for features in each]
+def ignore_signals(worker: int) -> None:
+    """For loader processes: a signal to the whole process group must not kill them while the step is finished."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-class MelTeacher(SSLModel):
-    """No SSL model: 80 log-mel bands, 50 frames a second, to see what the model contributes beyond a smooth view of the spectrum."""
-
-    def __init__(self, sample_rate: int, device):
-        self.name, self.layer, self.revision, self.device = "mel", -1, None, device
-        self.sample_rate, self.rate, self.width, self.equal_lengths = sample_rate, Fraction(50), 80, False
-        self.model = LogMel(sample_rate, self.width, sample_rate // 50).to(device)
-
-    def __call__(self, waves):
-        padded = (torch.from_numpy(np.pad(w, (0, -len(w) % self.model.hop))).to(self.device) for w in waves)
-        return [self.model(w[None, None])[0].T for w in padded]  # each [S, 80]
+def load_batches(dataset, sampler, args, device, collate=None):
+    """The batches of a sampler, loaded ahead by --workers processes."""
+    options = dict(num_workers=args.workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
 
 
-def load_teacher(name: str, layer: int | str, sample_rate: int, device) -> SSLModel:
-    """What --ssl names: a model, several ("A,B"), or "mel". Its sample rate must be the data's."""
-    teacher = MelTeacher(sample_rate, device) if name == "mel" else Teachers(name.split(","), layer, device) if "," in name else SSLModel(name, layer, device)
-    if teacher.sample_rate != sample_rate:
-        raise InputError(f"{name} hears {teacher.sample_rate} Hz, the data folder holds {sample_rate} Hz: prepare it with --sample-rate {teacher.sample_rate}")
-    return teacher
+def forward_flops(module: nn.Module, *example) -> int:
+    """Operations of one forward pass."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*example)
+    return counter.get_total_flops()
 
 
-def layer_number(text: str) -> int | str:
-    return text if text == "all" else int(text)
+def compiled(module: nn.Module, wanted: bool, *example, parts=None):
+    """The module under torch.compile, tried on an example, forward and backward; itself, with a line that says why, if
+    that fails. Parts that are named are compiled alone and for all shapes: alike, they share one graph, and training
+    begins in seconds."""
+    if not wanted:
+        return module
+    torch._dynamo.config.optimize_ddp = False  # it would split graphs by DDP's buckets, and cannot for dynamic shapes
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that agree in one batch may differ in the next
+    begun = time.time()
+    first = int(os.environ.get("RANK", 0)) == 0
+    if first:
+        tqdm.write("compiling: the first step waits for it")
+    try:
+        fast = module if parts else torch.compile(module, dynamic=False)
+        for part in parts or ():
+            part.compile(dynamic=True)
+        outputs = [y for y in tree_leaves(fast(*example)) if torch.is_tensor(y) and y.requires_grad]
+        torch.autograd.backward([y.sum() for y in outputs])
+        if first:
+            tqdm.write(f"compiled in {time.time() - begun:.0f} s")
+        return fast
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever the compiler raises, training can go on without it
+        why = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
+        tqdm.write(f"torch.compile cannot run here ({why}): training goes on eagerly")
+        for part in parts or ():
+            part._compiled_call_impl = None
+        return module
+    finally:
+        module.zero_grad()
 
 
-def fill_ssl(args, rank: int, world: int, device) -> None:
-    data = Data(args.out)
-    if known := data.meta.get("ssl"):
-        if (known["model"], known["layer"]) != (args.ssl, args.layer):
-            raise InputError(f"{args.out} already holds SSL features of {known['model']}, layer {known['layer']}, not {args.ssl}, layer {args.layer}: choose another --out")
-        if Path(args.ssl).is_dir() and revision(args.ssl) != known.get("revision"):
-            raise InputError(f"{args.ssl} holds other weights than when {args.out} was made: choose another --out")
-        return
-    ssl = load_teacher(args.ssl, args.layer, data.rate, device)
-
-    def make(part):
-        features = [None] * len(part)
-        for batch in ssl.batches([int(data.samples[i]) for i in part], args.batch_seconds):
-            for j, x in zip(batch, ssl([data.get("audio", part[j]).numpy() for j in batch])):
-                x = x.half().cpu()
-                if not torch.isfinite(x).all():
-                    raise InputError(f"{args.ssl} gives features that are not finite in float16 for {data.clips[part[j]]['id']}: take the clip out or choose another --layer")
-                count = int(frame_count(data.samples[part[j]], data.rate, ssl.rate))
-                features[j] = repeat_last(x[:count], count)
-        return torch.cat(features)
-
-    array, _ = fill(data, args, "ssl", ssl.facts(), (ssl.width,), make, rank, world)
-    if rank == 0:
-        finish(args.out, "ssl", array, ssl.facts())
+def distributed(module: nn.Module, device, world: int):
+    """The module with its gradients averaged over the ranks."""
+    if world == 1:
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, **options)
 
 
-class Aligner:
-    """A CTC recogniser that finds where each byte of a text is said (torchaudio.functional.forced_align)."""
-
-    WORST = -2.5  # mean log-probability a character below which text and speech are not the same: see demo/README.md
-
-    def __init__(self, name: str, device):
-        self.model = SSLModel(name, "logits", device)
-        (tokenizer,) = from_hub("aligner", name, "Tokenizer")
-        self.blank = tokenizer.pad_token_id
-        self.ids = {text: i for text, i in tokenizer.get_vocab().items() if len(text) == 1 and i != self.blank}
-        self.ids[" "] = self.ids.get(getattr(tokenizer, "word_delimiter_token", None) or " ")
-
-    def symbol(self, character: str) -> int | None:
-        """Its id in the model's alphabet, in whichever case that has it."""
-        return next((self.ids[c] for c in (character, character.upper(), character.lower()) if self.ids.get(c) is not None), None)
-
-    def __call__(self, logits: torch.Tensor, text: str, seconds: float) -> torch.Tensor:
-        """Logits [S, symbols] of a clip → the second at which each byte of its text begins [L]: halfway between the moments at which
-        the model is surest of it and of the byte before. Characters that the model lacks stand evenly between their neighbours. All
-        nan, if what is said is not this text."""
-        places = np.cumsum([0, *(len(c.encode()) for c in text)])  # of each character's first byte
-        symbols = [(place, self.symbol(c)) for place, c in zip(places.tolist(), text)]
-        known = [(place, symbol) for place, symbol in symbols if symbol is not None]
-        targets = torch.tensor([[symbol for _, symbol in known]], dtype=torch.int32)
-        length = len(text.encode())
-        repeats = (targets[0, 1:] == targets[0, :-1]).sum().item()
-        if not known or len(known) + repeats > len(logits):
-            return torch.full((length,), math.nan)
-        path, scores = torchaudio.functional.forced_align(logits.log_softmax(-1)[None].cpu(), targets, blank=self.blank)
-        spans = torchaudio.functional.merge_tokens(path[0], scores[0], self.blank)
-        if np.mean([span.score for span in spans]) < self.WORST:
-            return torch.full((length,), math.nan)
-        moments = [(span.start + span.end) / 2 / len(logits) * seconds for span in spans]
-        peaks = np.interp(range(length), [-1, *(place for place, _ in known), length], [0, *moments, seconds])
-        return torch.from_numpy(np.concatenate([[0], (peaks[1:] + peaks[:-1]) / 2])).float()
-
-
-def fill_starts(args, rank: int, world: int, device) -> None:
-    """Where each byte of every clip's text begins."""
-    data, aligner = Data(args.out), Aligner(args.aligner, device)
-    if aligner.model.sample_rate != data.rate:
-        raise InputError(f"{args.aligner} hears {aligner.model.sample_rate} Hz, {args.out} holds {data.rate} Hz")
-    entry = dict(aligner=args.aligner, revision=aligner.model.revision, rate="byte")
-    if data.meta.get("starts", {}).get("revision", "none") == entry["revision"]:
-        return
-
-    def make(part):
-        starts = [None] * len(part)
-        for batch in aligner.model.batches([int(data.samples[i]) for i in part], args.batch_seconds):
-            for j, logits in zip(batch, aligner.model([data.get("audio", part[j]).numpy() for j in batch])):
-                starts[j] = aligner(logits, data.clips[part[j]]["text"], data.samples[part[j]] / data.rate)
-        return torch.cat(starts)
-
-    array, offsets = fill(data, args, "starts", entry, (), make, rank, world, "float32")
-    if rank == 0:
-        lost = [data.clips[i]["id"] for i in range(len(data.clips)) if np.isnan(array[offsets[i]])]
-        write_atomic(args.out / "unaligned.tsv", lambda p: p.write_text("".join(f"{name}\n" for name in lost), encoding="utf-8"))
-        finish(args.out, "starts", array, entry | dict(unaligned=len(lost)))
-        lacks = Counter(c for clip in data.clips for c in clip["text"] if aligner.symbol(c) is None)
-        if lacks:
-            counts = ", ".join(f"{c!r} {count} times" for c, count in lacks.most_common(20))
-            print(f"{args.aligner} lacks {counts}: placed between their neighbours")
-        print(f"{len(lost)} of {len(data.clips)} clips cannot be aligned (listed in {args.out / 'unaligned.tsv'}): train_tts.py --text-place aligned leaves them out")
+def clipped_step(optimizer: torch.optim.Optimizer, parameters, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update; skipped if the gradients' norm is not finite, without the CPU waiting for the device. Returns the
+    norm before clipping, and 1 if it was skipped."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.found_inf = (~norm.isfinite()).float()  # as torch's GradScaler: the fused step does nothing where it is 1
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, optimizer.found_inf
 
 
 @torch.no_grad()
-def fill_latents(args, rank: int, world: int, device) -> None:
-    """The posterior of every clip, and each channel's mean and standard deviation over the training split."""
-    data, vae = Data(args.out), SemanticVAE.from_pretrained(args.vae)
-    dim, rate = vae.config.latent_dim, Fraction(data.rate, vae.config.hop)
-    entry = dict(vae=str(args.vae), vae_hash=vae.latents_hash(), dim=dim, hop=vae.config.hop, rate=str(rate))
-    name = f"latents-{entry['vae_hash']}"
-    if known := data.meta.pop(name, None):
-        if rank == 0:  # now the newest, and perhaps with another decoder
-            write_json(args.out / "meta.json", data.meta | {name: known | dict(vae=entry["vae"])})
-        return
-    if vae.config.sample_rate != data.rate:
-        raise InputError(f"{args.vae} works at {vae.config.sample_rate} Hz, {args.out} holds {data.rate} Hz")
-    if not data.split("train"):
-        raise InputError(f"{args.out} holds no training clips, over which the latents' statistics run")
-    fold_weight_norm(vae).to(device)
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema ← d · ema + (1 − d) · model, with d rising from 0 to `decay`: short runs do not remember their start."""
+    decay = min(decay, step / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
-    def make(part):
-        return torch.cat([torch.stack(vae.encode(data.get("audio", i)[None].to(device)), 2)[0] for i in part]).half()  # [N, 2, D]
 
-    array, offsets = fill(data, args, name, entry, (2, dim), make, rank, world)
-    if rank == 0:
-        moments, count = np.zeros((2, dim)), 0
-        for i in data.split("train"):  # z = mean + ε · std has the moments E[mean] and E[mean² + std²]
-            mean, logvar = array[offsets[i] : offsets[i + 1]].astype(np.float64).transpose(1, 0, 2)
-            moments, count = moments + (mean.sum(0), (mean**2 + np.exp(logvar)).sum(0)), count + len(mean)
-        mean, square = moments / count
-        std = np.sqrt(square - mean**2)
-        if not np.isfinite(std).all():
-            raise InputError(f"the latents of {args.vae} are not finite: train it again")
-        constant = np.flatnonzero(std < 1e-4)
-        if len(constant):
-            print(f"latent channels {constant.tolist()} of {args.vae} never change: they are not scaled")
-            std[constant] = 1
-        finish(args.out, name, array, entry | dict(mean=mean.tolist(), std=std.tolist()))
+# ----------------------------------------------------------------------------------------------------------------------
+
+VALID = 0.01  # share of the clips
+CHOICES = ("sample_rate", "text", "min_seconds", "max_seconds", "valid")  # flags by which clips are chosen and kept
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, nargs="*", help="folders in LibriTTS, LibriSpeech, VCTK or LJSpeech layout, or manifests (audio|speaker|text with header); default: the demo corpus")
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="the data folder to make or add to (default %(default)s)")
-    parser.add_argument("--download", help="LibriTTS subsets to fetch first, e.g. train-clean-100,dev-clean; LibriSpeech's as librispeech:test-clean")
-    parser.add_argument("--download-to", type=Path, default=Path("downloads"), help="where downloads are kept (default %(default)s)")
-    parser.add_argument("--ssl", help="teacher: hub id or folder of a speech encoder, several with commas between, \"mel\", or \"none\" (default: for the demo corpus the demo's; the paper's is microsoft/wavlm-large)")
-    parser.add_argument("--layer", type=layer_number, help="hidden state to store, -1 for the last, \"all\" for a learned mix (default -1)")
-    parser.add_argument("--aligner", help="CTC recogniser that finds where each character is said, for text in its place: hub id or folder (default: for the demo corpus the demo's)")
-    parser.add_argument("--vae", help="add the latents of this VAE: a run, an authors' release, or a hub id")
-    parser.add_argument("--text", choices=["plain", "raw"], help="plain: lower case without punctuation; raw: with both (default: plain for the demo corpus, else raw)")
-    parser.add_argument("--sample-rate", type=at_least(1000), default=16000, help="of the stored audio, in Hz (default %(default)s)")
-    parser.add_argument("--min-seconds", type=at_least(0.1, float), default=0.5, help="drop shorter clips (default %(default)s)")
-    parser.add_argument("--max-seconds", type=at_least(0.1, float), default=30, help="drop longer clips (default %(default)s)")
-    parser.add_argument("--valid", type=at_least(0, float, 0.5), default=VALID, help="share of clips for validation where the source names none (default %(default)s)")
-    parser.add_argument("--batch-seconds", type=at_least(0.1, float), default=60, help="audio in one batch of the teacher (default %(default)s)")
-    parser.add_argument("--chunk", type=at_least(1), default=128, help="clips done together, the unit of sharing and of resuming (default %(default)s)")
-    parser.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help="threads that read audio (default %(default)s)")
+    flag = parser.add_argument
+    flag("source", type=Path, nargs="*", help="folders in LibriTTS, LibriSpeech, VCTK or LJSpeech layout, or manifests")
+    flag("--out", type=Path, default=Path("data/demo"), help="the data folder to make or add to (default %(default)s)")
+    flag("--download", help="LibriTTS subsets to fetch first (dev-clean,…), LibriSpeech's as librispeech:test-clean")
+    flag("--ssl", help="teacher: hub id or folder of a speech encoder, or none (demo corpus: the demo's)")
+    flag("--layer", type=int, help="the teacher's hidden state to store (default: the last)")
+    flag("--aligner", help="CTC recogniser that finds where each letter is said (demo corpus: the demo's)")
+    flag("--vae", help="add the latents of this VAE: a run, the authors' release, or a hub id")
+    flag("--text", choices=["plain", "raw"], help="plain: lower case, no punctuation (default raw; demo: plain)")
+    flag("--sample-rate", type=at_least(1000), default=16000, help="of the stored audio, in Hz (default %(default)s)")
+    flag("--min-seconds", type=at_least(0.1, float), default=0.5, help="drop shorter clips (default %(default)s)")
+    flag("--max-seconds", type=at_least(0.1, float), default=30, help="drop longer clips (default %(default)s)")
+    flag("--valid", type=at_least(0, float, 0.5), default=VALID, help="share for validation, if the source names none")
+    flag("--batch-seconds", type=at_least(0.1, float), default=60, help="audio in one batch of the teacher")
     args = parser.parse_args(argv)
+    given = [name for name in CHOICES if getattr(args, name) != parser.get_default(name)]
     if args.source or args.download:
         if not args.ssl:
-            raise InputError("name the teacher with --ssl: the paper's is microsoft/wavlm-large; none stores no features, for a vanilla VAE")
+            raise InputError("name the teacher with --ssl: microsoft/wavlm-large in the paper; none for a vanilla VAE")
         args.text = args.text or "raw"
-    elif given := [name for name in CHOICES if getattr(args, name) != parser.get_default(name)]:
-        raise InputError(f"--{given[0].replace('_', '-')} says how sources are read, and none is given: name a folder or a manifest")
+    elif given:
+        raise InputError(f"--{given[0].replace('_', '-')} says how sources are read: name a folder or a manifest")
     elif not (args.out / "meta.json").exists():
         if args.ssl or args.layer or args.aligner or args.vae:
-            raise InputError(f"{args.out} holds no data to add to, and no source is given: name the right --out, or a folder or manifest (the demo's: {DEMO / 'corpus'})")
-        args.source, args.ssl, args.text = [DEMO / "corpus"], args.ssl or str(DEMO / "ssl"), args.text or "plain"
-        args.aligner = args.aligner or str(DEMO / "ssl")
+            raise InputError(f"{args.out} holds no data to add to, and no source is given: name the right --out, or a "
+                             f"folder or manifest (the demo's: {DEMO / 'corpus'})")
+        args.source = [DEMO / "corpus"]
+        args.ssl = str(DEMO / "ssl")
+        args.aligner = str(DEMO / "ssl")
+        args.text = "plain"
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks()
-    out, held = args.out, lock(args.out) if rank == 0 else None
-    if args.download:
-        # Once, and then once on every node that shares no disk with the first.
+    out = args.out
+    held = lock(out) if rank == 0 else None
+    if args.download:  # once, and then once on every node that shares no disk with the first
         for turn in (rank == 0, rank > 0 and os.environ.get("LOCAL_RANK") == "0"):
             if turn:
-                download(args.download, args.download_to)
+                download(args.download)
             barrier()
-        args.source += download(args.download, args.download_to)
+        args.source += download(args.download)
     if args.source:
         clips = [clip for source in args.source for clip in list_clips(source, alone=len(args.source) == 1)]
-        settings = {name: getattr(args, name) for name in (*CHOICES, "chunk")} | dict(sources=list(map(str, args.source)))
-        settings["recordings"] = {name: [zlib.crc32(repr(texts).encode()), *file_stamp(path)] for name, path, *texts in clips}
-        path, begun = out / "settings.json", (out / "meta.json").exists() or (out / WORK).exists()
-        twice, count = Counter(os.path.realpath(clip[1]) for clip in clips).most_common(1)[0]
-        foreign = [name for name in ("meta.json", "index.tsv", "audio.bin", "dropped.tsv") if (out / name).exists() and not path.exists()]
-        if args.valid != VALID and any(split for *_, split in clips):
-            raise InputError("--valid is for sources that name no splits: change their column split, or leave it out")
-        if count > 1:
-            raise InputError(f"{twice} is listed {count} times, and could be trained on and validated with: take it out of the lists but once")
-        if foreign:
-            raise InputError(f"{out} holds a {foreign[0]}, but no settings.json that says how we made it: choose another --out")
-        if begun and (differ := differences(read_json(path), settings)):
-            raise InputError(f"{out} was made with other settings or recordings ({differ}): choose another --out, or remove it")
-        if rank == 0:
-            write_json(path, settings)
+        check_source(args, clips)
         if not (out / "meta.json").exists():
             if args.ssl != "none":  # each model is looked for now, not after hours of reading
                 load_teacher(args.ssl, -1 if args.layer is None else args.layer, args.sample_rate, device)
             if args.aligner:
-                Aligner(args.aligner, device)
+                Aligner(args.aligner, args.sample_rate, device)
             if args.vae:
                 SemanticVAE.from_pretrained(args.vae)
-            if rank == 0 and (alone := sum(clip[0] == clip[2] for clip in clips)):
-                print(f"{alone} clips name no speaker: each counts as a voice of its own")
+            unnamed = sum(clip[0] == clip[2] for clip in clips)
+            if rank == 0 and unnamed:
+                print(f"{unnamed} clips name no speaker: each counts as a voice of its own")
             fill_audio(clips, args, rank, world)
             barrier()
-    if not args.ssl:  # a folder that is added to, or whose features were interrupted: what it was begun with
-        meta = read_json(out / "meta.json")
-        begun = meta.get("ssl") or dict(model=meta["teacher"], layer=meta.get("layer"))
-        args.ssl, args.layer = begun["model"], begun["layer"] if args.layer is None else args.layer
-    args.aligner = args.aligner or in_demo(read_json(out / "meta.json").get("aligner"))
+    meta = read_json(out / "meta.json")
+    if not args.ssl:  # the folder is added to: with what it was begun with
+        begun = meta.get("ssl") or dict(model=meta["teacher"], layer=meta["layer"])
+        args.ssl = begun["model"]
+        args.layer = begun["layer"] if args.layer is None else args.layer
+    args.aligner = args.aligner or in_demo(meta.get("aligner"))
     if args.ssl != "none":
         args.layer = -1 if args.layer is None else args.layer
         fill_ssl(args, rank, world, device)

@@ -1,16 +1,17 @@
 """Speak any text in the voice of a reference recording.
 
-    python sample.py --text "did you see the bird again"              # the demo's weights, in a demo voice
-    python sample.py --tts runs/tts --ref voice.wav --ref-text "What it says." --text "What it shall say." --out said.wav
-    python sample.py --list demo/corpus/test.lst --out runs/samples         # many, in batches; skips what is done
-    torchrun --nproc_per_node 8 sample.py --list ...                        # shared between 8 GPUs
+    python sample.py --text "did you see the bird again"                   # the demo's weights, in a demo voice
+    python sample.py --tts runs/tts --ref voice.wav --ref-text "What it says." --text "What it shall say." --out
+    said.wav
+    python sample.py --list demo/corpus/test.lst --out runs/samples        # many, in batches; keeps what is there
+    torchrun --standalone --nproc_per_node 8 sample.py --list ...          # shared between 8 GPUs
 
-Without --ref-text the prompt is transcribed with --asr. Long text is split at sentence ends, so that prompt and piece
-together stay within the length the model was trained on; the pieces are joined with a short cross-fade. Interrupted, what
-was said so far is kept beside --out.
-"""
+Without --ref-text the prompt is transcribed by --asr. Long text is cut at sentence ends, so that prompt and piece
+together stay within the length the model was trained on; the pieces are joined by a short cross-fade. Interrupted, what
+was said so far is kept beside --out. """
 
 import argparse
+import functools
 import math
 import re
 import time
@@ -21,15 +22,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm, trange
 
 from evaluate import UNSPACED, Recognizer, error_rates, find_audio, read_list
-from model import DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, package, read_json, sample, write_json
-from prepare import (DEMO, FORMATS, at_least, barrier, cli, differences, file_stamp, has_bfloat16, lock, loudness, normalize_text, read_audio,
-                     revision, start_ranks, write_wave)  # fmt: skip
+from model import (DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, package, read_json, sample,
+                   write_json)  # fmt: skip
+from prepare import (DEMO, FORMATS, at_least, barrier, cli, differences, file_stamp, has_bfloat16, lock, loudness,
+                     normalize_text, read_audio, revision, start_ranks, switch, write_wave)  # fmt: skip
 
-
-MARKS = "".join(c for c in map(chr, range(0x3100)) if unicodedata.category(c)[0] == "M")  # which stand with the character before
+# ----------------------------------------------------------------------------------------------------------------------
+# From text to symbols, and to places in time.
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Request:
     prompt: np.ndarray  # float32 [T] at the model's rate
     prompt_text: str  # what the prompt says
     text: str  # what to say
-    seconds: float | None = None  # how long; None: at the prompt's rate
+    seconds: float | None = None  # how long (None: at the prompt's rate)
 
 
 def to_bytes(text: str) -> torch.Tensor:
@@ -48,8 +51,8 @@ def to_bytes(text: str) -> torch.Tensor:
 
 
 def to_symbols(text: str, vocabulary: str) -> torch.Tensor:
-    """A text as lines of the vocabulary [L], 0 for what it lacks; as bytes where there is none. F5-TTS's symbols are
-    characters, with a space between words that touch, and for each Chinese one a space and its pinyin in that word."""
+    """A text as lines of the vocabulary [L], 0 for what it lacks; as bytes if there is none. F5-TTS's symbols are
+    characters, with a space between words that touch, and for each Chinese one a space and its pinyin."""
     if not vocabulary:
         return to_bytes(text)
     symbols = []
@@ -63,20 +66,23 @@ def to_symbols(text: str, vocabulary: str) -> torch.Tensor:
         if word.isascii() and len(word) > 1 and symbols and symbols[-1] not in " :'\"":
             symbols.append(" ")
         for part in [word] if chinese.fullmatch(word) else word:
-            sounds = pinyin.lazy_pinyin(part, pinyin.Style.TONE3, tone_sandhi=True) if chinese.match(part) else []
-            symbols += [symbol for sound in sounds for symbol in (" ", sound)] or [part]
+            if chinese.match(part):
+                for sound in pinyin.lazy_pinyin(part, pinyin.Style.TONE3, tone_sandhi=True):
+                    symbols += [" ", sound]
+            else:
+                symbols.append(part)
     places = {symbol: i for i, symbol in enumerate(vocabulary.split("\n"))}
     return torch.tensor([places.get(symbol, 0) for symbol in symbols])
 
 
 @torch.no_grad()
 def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> tuple[int, torch.Tensor]:
-    """(frames of prompt and target, where each byte of `prompt_text text` starts [L], in frames).
+    """(frames of prompt and target, the frame at which each byte of `prompt_text text` starts [L]).
 
-    Bytes weigh as long as the DiT's duration predictor says, or all alike where it has none. The prompt's weights fill its frames, and
-    the target goes on at that rate. Never fewer frames than symbols."""
-    prompt, target = to_bytes(request.prompt_text + " "), to_bytes(request.text)
-    text = torch.cat([prompt, target])
+    Bytes last as long as the DiT's duration predictor says, or all alike if it has none. The prompt's durations are
+    scaled to its frames, and the target continues at that rate. Never fewer frames than bytes."""
+    prompt = to_bytes(request.prompt_text + " ")
+    text = torch.cat([prompt, to_bytes(request.text)])
     durations = torch.ones(len(text), dtype=torch.float64)
     if dit.durations:
         durations = dit.durations(text[None].to(dit.latent_mean.device))[0].exp().double().cpu()
@@ -86,14 +92,137 @@ def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> 
     if request.seconds:
         frames = round(request.seconds * dit.config.sample_rate / dit.config.hop)
         if prompt_frames + frames <= len(text):
-            raise InputError(f"--duration {request.seconds} is too short: prompt and text have {len(text)} bytes, for {prompt_frames + frames} frames")
+            raise InputError(f"--duration {request.seconds} is too short: prompt and text have {len(text)} bytes, for "
+                             f"{prompt_frames + frames} frames")
     total = max(prompt_frames + frames, prompt_frames + 1, len(text) + 1)
     durations[len(prompt) :] *= (total - prompt_frames) / durations[len(prompt) :].sum()
     return total, (durations.cumsum(0) - durations).float()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# From requests to audio.
+
+
+@torch.no_grad()
+def synthesize(dit, vae, requests, steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8, bf16=False):
+    """float32 audio of each Request's text alone, in order. A result does not depend on its batch: noise is drawn on
+    the CPU from (seed, text). Silence or non-finite audio is an InputError."""
+    device = dit.latent_mean.device
+    config = dit.config
+    gains = [1.0] * len(requests)
+    if config.vocabulary:  # F5-TTS raises quiet prompts to an RMS of 0.1
+        gains = [max(1.0, 0.1 / np.square(r.prompt).mean() ** 0.5) for r in requests]
+    waves = [torch.from_numpy(r.prompt * np.float32(gain))[None].to(device) for r, gain in zip(requests, gains)]
+    prompts = [dit.standardize(vae.encode(wave)[0])[0] for wave in waves]  # each [P, D]
+    texts = [to_symbols(f"{r.prompt_text} {r.text}", config.vocabulary) for r in requests]
+    plans = [plan(dit, len(prompt), r, speed) for prompt, r in zip(prompts, requests)]
+    totals = [max(total, len(text) + 1) for (total, _), text in zip(plans, texts)]  # symbols may outnumber bytes
+
+    def noise(i: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {requests[i].text}".encode()))
+        return torch.randn(totals[i], config.latent_dim, generator=generator)
+
+    def pad(tensors, value=0.0) -> torch.Tensor:
+        return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+    results = [None] * len(requests)
+    order = sorted(range(len(requests)), key=lambda i: totals[i])
+    for batch in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
+        prompt = torch.zeros(len(batch), max(totals[i] for i in batch), config.latent_dim, device=device)
+        for row, i in zip(prompt, batch):
+            row[: len(prompts[i])] = prompts[i]
+        prompt_lengths = torch.tensor([len(prompts[i]) for i in batch], device=device)
+        lengths = torch.tensor([totals[i] for i in batch], device=device)
+        text = pad([texts[i] for i in batch], -1)
+        starts = pad([plans[i][1] for i in batch], math.inf)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            inputs = (pad([noise(i) for i in batch]), prompt, prompt_lengths, text, lengths)
+            latents = dit.destandardize(sample(dit, *inputs, steps, cfg, sway, starts))  # [B, N, D]
+        for z, i in zip(latents, batch):
+            first = max(0, len(prompts[i]) - vae.CONTEXT)  # of the prompt, only what the target's samples depend on
+            wave = vae.decode(z[None, first : totals[i]])[0].cpu().numpy()
+            wave = wave[(len(prompts[i]) - first) * config.hop :]
+            if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
+                what = "silence" if np.isfinite(wave).all() else "non-finite audio"
+                raise InputError(f"the model made {what} of {requests[i].text!r}: nothing written; try another "
+                                 "--seed, or train longer")
+            results[i] = wave / np.float32(gains[i])
+    return results
+
+
+def check_prompt(wave: np.ndarray, text: str, rate: int, limit: float) -> tuple[np.ndarray, list[str]]:
+    """The prompt without its silent edges, and what a user should know of it. What cannot work is an InputError."""
+    if not np.isfinite(wave).all():
+        raise InputError("the prompt holds non-finite samples")
+    levels, loudest = loudness(wave, rate)
+    if not loudest:
+        raise InputError("the prompt is silent")
+    loud = np.flatnonzero(levels > 0.03 * loudest) * (rate // 50)
+    edge = rate // 10
+    trimmed = wave[max(0, loud[0] - edge) : loud[-1] + rate // 50 + edge]
+    seconds = len(trimmed) / rate
+    cut = (len(wave) - len(trimmed)) / rate
+    if seconds < 0.5:
+        raise InputError(f"the prompt holds {seconds:.2f} s of speech, too little to hear a voice in: give at least "
+                         "0.5 s, better 2 s or more")
+    if seconds > limit:
+        raise InputError(f"the prompt is {seconds:.1f} s, limit {limit:.1f} s for this model: cut audio and transcript "
+                         "together")
+    pace = len(text) / seconds
+    notes = {
+        f"trimmed {cut:.2f} s of silence from its edges": cut > 0.05,
+        f"it is short ({seconds:.1f} s): 2 s or more catch a voice better": seconds < 2,
+        "it is clipped": (np.abs(trimmed) > 0.99).mean() > 1e-3,
+        f"its transcript has {pace:.0f} characters a second: does it say what is heard?": text and not 2 < pace < 30,
+    }
+    return trimmed, [note for note, found in notes.items() if found]
+
+
+MARKS = "".join(c for c in map(chr, range(0x3100)) if unicodedata.category(c)[0] == "M")  # they follow their character
+CUTS = (  # sentence ends, commas, spaces, and characters where no spaces are written
+    r"(?<=[.!?])(?=\s)|(?<=[。！？])",
+    r"(?<=[,;:])(?=\s)|(?<=[，；：])",
+    r"(?=\s)",
+    f"(?<=[{UNSPACED}])(?=[{UNSPACED}])(?![{MARKS}])",
+)
+
+
+def split_text(text: str, limit: int) -> list[str]:
+    """As few pieces as possible of at most `limit` bytes, cut at the first of CUTS that will do."""
+    pieces = [text]
+    for pattern in CUTS:
+        finer = []
+        for piece in pieces:
+            first, *parts = re.split(pattern, piece) if len(piece.encode()) > limit else [piece]
+            finer.append(first)
+            for part in parts:
+                if len((finer[-1] + part).encode()) <= limit:
+                    finer[-1] += part
+                else:
+                    finer.append(part.lstrip())
+        pieces = [piece for piece in finer if piece]
+    if any(len(piece.encode()) > limit for piece in pieces):
+        raise InputError(f"a word of the text is longer than the {limit} bytes that fit after this prompt: give a "
+                         "shorter prompt")
+    return pieces
+
+
+def join(waves: list[np.ndarray], rate: int) -> np.ndarray:
+    """One after another with 20 ms of cross-fade, so that no joint clicks."""
+    out = waves[0]
+    fade = rate // 50
+    ramp = np.linspace(0, 1, fade, dtype=np.float32)
+    for wave in waves[1:]:
+        out = np.concatenate([out[:-fade], out[-fade:] * (1 - ramp) + wave[:fade] * ramp, wave[fade:]])
+    return out
+
+
+# ======================================================================================================================
+# You can stop here. Below: one text or a list, files, messages and flags.
+
+
 def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
-    """The DiT, the VAE whose latents it speaks in (refused if its hash is another's), and the DiT's config.json."""
+    """The DiT, the VAE whose latents it speaks in (any other is refused), and the notes in the DiT's config.json."""
     folder = local_folder(tts)
     dit = DiT.from_pretrained(folder).to(device)
     notes = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
@@ -103,46 +232,10 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     vae = folder / vae if (folder / vae).is_dir() else vae
     decoder = SemanticVAE.from_pretrained(vae).to(device)
     if decoder.latents_hash() != dit.config.vae_hash:
-        raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is {decoder.latents_hash()}: name the right one with --vae")
-    notes |= dict(tts_name=revision(folder), vae_name=decoder.content_hash())  # before folding, which changes names
+        raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is "
+                         f"{decoder.latents_hash()}: name the right one with --vae")
+    notes |= dict(tts_name=revision(folder), vae_name=decoder.content_hash())  # before folding, which renames weights
     return dit, fold_weight_norm(decoder), notes
-
-
-@torch.no_grad()
-def synthesize(dit, vae, requests: list[Request], steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8, cfg_until=1.0,
-               bf16=False) -> list[np.ndarray]:  # fmt: skip
-    """float32 audio of each request's text alone, in order. What one gets does not depend on its batch: noise is drawn on
-    the CPU from (seed, text), so a seed gives the same clip anywhere. Non-finite or silent output is an InputError."""
-    device, config = dit.latent_mean.device, dit.config
-    gains = [max(1, 0.1 / np.square(r.prompt).mean() ** 0.5) if config.vocabulary else 1 for r in requests]  # RMS 0.1
-    heard = [torch.from_numpy(r.prompt * gain)[None].to(device) for r, gain in zip(requests, gains)]
-    prompts = [dit.standardize(vae.encode(wave)[0])[0] for wave in heard]  # each [P, D]
-    texts = [to_symbols(f"{r.prompt_text} {r.text}", config.vocabulary) for r in requests]
-    plans = [plan(dit, len(p), r, speed) for p, r in zip(prompts, requests)]
-    totals = [max(total, len(text) + 1) for (total, _), text in zip(plans, texts)]  # symbols may be more than bytes
-    waves = [None] * len(requests)
-    order = sorted(range(len(requests)), key=lambda i: totals[i])
-    for batch in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
-        draw = lambda i: torch.randn(totals[i], config.latent_dim, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {requests[i].text}".encode())))
-        pad = lambda tensors, value=0.0: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
-        noise, text = pad([draw(i) for i in batch]), pad([texts[i] for i in batch], -1)
-        prompt = pad([torch.nn.functional.pad(prompts[i], (0, 0, 0, totals[i] - len(prompts[i]))) for i in batch])
-        lengths, prompt_lengths = (torch.tensor(v, device=device) for v in ([totals[i] for i in batch], [len(prompts[i]) for i in batch]))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x = sample(dit, noise, prompt, prompt_lengths, text, lengths, steps, cfg, sway, pad([plans[i][1] for i in batch], math.inf), cfg_until)
-        z = dit.destandardize(x)
-        for row, i in enumerate(batch):
-            first = max(0, len(prompts[i]) - vae.CONTEXT)  # of the prompt, only what the target's samples depend on is decoded
-            wave = vae.decode_in_pieces(z[row : row + 1, first : totals[i]])[0].cpu().numpy()
-            wave = wave[(len(prompts[i]) - first) * config.hop :]
-            if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
-                raise InputError(f"the model made {'silence' if np.isfinite(wave).all() else 'non-finite audio'} of {requests[i].text!r}: nothing written; try another --seed, or train longer")
-            waves[i] = wave / gains[i]
-    return waves
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The prompt and the text, before a generation is spent on them.
 
 
 def normalized(text: str, mode: str, what: str) -> str:
@@ -153,117 +246,86 @@ def normalized(text: str, mode: str, what: str) -> str:
     return text
 
 
-def check_prompt(wave: np.ndarray, text: str, rate: int, limit: float) -> tuple[np.ndarray, list[str]]:
-    """The prompt with its silent edges trimmed, and what a user should know of it. What cannot work is an InputError."""
-    if not np.isfinite(wave).all():
-        raise InputError("the prompt holds non-finite samples")
-    levels, loudest = loudness(wave, rate)
-    if not loudest:
-        raise InputError("the prompt is silent")
-    loud, edge = np.flatnonzero(levels > 0.03 * loudest) * (rate // 50), rate // 10
-    trimmed = wave[max(0, loud[0] - edge) : loud[-1] + rate // 50 + edge]
-    seconds, cut = len(trimmed) / rate, (len(wave) - len(trimmed)) / rate
-    if seconds < 0.5:
-        raise InputError(f"the prompt holds {seconds:.2f} s of speech, too little to hear a voice in: give at least 0.5 s, better 2 s or more")
-    if seconds > limit:
-        raise InputError(f"the prompt is {seconds:.1f} s, limit {limit:.1f} s for this model: cut audio and transcript together")
-    pace = len(text) / seconds
-    notes = {
-        f"trimmed {cut:.2f} s of silence from its edges": cut > 0.05,
-        f"it is short ({seconds:.1f} s): 2 s or more catch a voice better": seconds < 2,
-        "it is clipped": (np.abs(trimmed) > 0.99).mean() > 1e-3,
-        f"its transcript has {pace:.0f} characters a second of speech: check that it says just what is heard": text and not 2 < pace < 30,
-    }
-    return trimmed, [note for note, found in notes.items() if found]
-
-
-def split_text(text: str, limit: int) -> list[str]:
-    """Pieces of at most `limit` bytes, cut at sentence ends, else at commas, else between words, or characters where no spaces are written."""
-    pieces = [text]
-    for pattern in (r"(?<=[.!?])(?=\s)|(?<=[。！？])", r"(?<=[,;:])(?=\s)|(?<=[，；：])", r"(?=\s)", f"(?<=[{UNSPACED}])(?=[{UNSPACED}])(?![{MARKS}])"):
-        finer = []
-        for piece in pieces:
-            first, *parts = re.split(pattern, piece) if len(piece.encode()) > limit else [piece]
-            finer.append(first)
-            for part in parts:  # as few pieces as fit
-                if len((finer[-1] + part).encode()) <= limit:
-                    finer[-1] += part
-                else:
-                    finer.append(part.lstrip())
-        pieces = [p for p in finer if p]
-    if any(len(p.encode()) > limit for p in pieces):
-        raise InputError(f"a word of the text is longer than the {limit} bytes that fit after this prompt: give a shorter prompt")
-    return pieces
-
-
-def join(waves: list[np.ndarray], rate: int) -> np.ndarray:
-    """One after another with 20 ms of cross-fade, so that no joint clicks."""
-    out, fade = waves[0], rate // 50
-    ramp = np.linspace(0, 1, fade, dtype=np.float32)
-    for wave in waves[1:]:
-        out = np.concatenate([out[:-fade], out[-fade:] * (1 - ramp) + wave[:fade] * ramp, wave[fade:]])
-    return out
-
-
-# --------------------------------------------------------------------------------------------------------------
-
-
-def say(args, dit, vae, device) -> None:
-    """One text in one voice."""
-    rate, limit = dit.config.sample_rate, dit.config.max_seconds
-    text, wave = normalized(args.text, dit.config.text, "the text"), read_audio(args.ref, rate)
+def make_requests(args, dit: DiT, asr) -> list[Request]:
+    """The text in pieces that fit after the prompt."""
+    rate = dit.config.sample_rate
+    limit = dit.config.max_seconds
+    text = normalized(args.text, dit.config.text, "the text")
+    wave = read_audio(args.ref, rate)
     check_prompt(wave, "", rate, limit / 2)  # before a recogniser, whose memory a long one would fill
-    asr = Recognizer(args.asr, device, args.language) if args.ref_text is None or args.takes > 1 else None
-    ref_text = normalized(asr([wave], rate)[0] if args.ref_text is None else args.ref_text, dit.config.text, "the transcript of the prompt")
-    if args.ref_text is None:
+    ref_text = args.ref_text
+    if ref_text is None:
+        ref_text = asr([wave], rate)[0]
         print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
-    if dit.config.vocabulary and ref_text[-1:] not in ".。":  # F5-TTS's prompts end so; an empty one is refused below
+    ref_text = normalized(ref_text, dit.config.text, "the transcript of the prompt")
+    if dit.config.vocabulary and ref_text[-1] not in ".。":  # F5-TTS's prompts end so
         ref_text += "."
     wave, notes = check_prompt(wave, ref_text, rate, limit / 2)
     for note in notes:
         print(f"prompt: {note}")
-    room = (limit - len(wave) / rate) / (len(wave) / rate) * len(ref_text.encode()) * args.speed
-    pieces = [text] if args.duration else split_text(text, max(1, int(room)))
-    if args.duration and args.duration + len(wave) / rate > limit * 1.01:
-        raise InputError(f"prompt and --duration make {args.duration + len(wave) / rate:.1f} s, the model was trained on at most {limit:.1f} s")
+    seconds = len(wave) / rate
+    if args.duration and args.duration + seconds > limit * 1.01:
+        raise InputError(f"prompt and --duration make {args.duration + seconds:.1f} s, the model was trained on at "
+                         f"most {limit:.1f} s")
+    room = int((limit - seconds) / seconds * len(ref_text.encode()) * args.speed)
+    pieces = [text] if args.duration else split_text(text, max(1, room))
     requests = [Request(wave, ref_text, piece, args.duration) for piece in pieces]
     frames = math.ceil(len(wave) / dit.config.hop)
-    slow = 0 if args.duration else sum(plan(dit, frames, r, args.speed)[0] == len(f"{ref_text} {r.text}".encode()) + 1 for r in requests)
+    least = [len(f"{ref_text} {piece}".encode()) + 1 for piece in pieces]
+    slow = sum(plan(dit, frames, r, args.speed)[0] == n for r, n in zip(requests, least)) if not args.duration else 0
     if slow:
-        print(f"{slow} of {len(pieces)} pieces have more bytes than frames at the prompt's pace: they are said more slowly")
-    start, takes = time.time(), []
+        print(f"{slow} of {len(pieces)} pieces have more bytes than frames at the prompt's pace: they are slowed down")
+    return requests
+
+
+def say(args, dit, vae, generate, device) -> None:
+    """One text in one voice."""
+    rate = dit.config.sample_rate
+    asr = Recognizer(args.asr, device, args.language) if args.ref_text is None or args.takes > 1 else None
+    requests = make_requests(args, dit, asr)
+    text = " ".join(request.text for request in requests)
+    part = args.out.with_stem(args.out.stem + ".part")
+    start = time.time()
+    takes = []
     for take in range(args.takes):
-        waves, part = [], args.out.with_stem(args.out.stem + ".part")
+        waves = []
         try:
-            for i in trange(0, len(requests), args.batch_size, desc="batches", disable=len(requests) <= args.batch_size):
-                batch = requests[i : i + args.batch_size]
-                waves += synthesize(dit, vae, batch, args.steps, args.cfg, args.sway, args.speed, args.seed + take, args.batch_size, args.cfg_until, args.bf16)
+            short = len(requests) <= args.batch_size
+            for i in trange(0, len(requests), args.batch_size, desc="batches", disable=short):
+                waves += generate(dit, vae, requests[i : i + args.batch_size], seed=args.seed + take)
         except KeyboardInterrupt:
             if waves:
                 write_wave(part, join(waves, rate), rate)
-                print(f"{part}: the first {len(waves)} of {len(pieces)} pieces; the next is {pieces[len(waves)]!r}")
+                following = requests[len(waves)].text
+                print(f"{part}: the first {len(waves)} of {len(requests)} pieces; the next is {following!r}")
             raise
         said = join(waves, rate)
-        error = error_rates([text], asr([said], rate))["cer"] if args.takes > 1 else 0
-        takes.append((error, take, said))
+        error = 0.0
         if args.takes > 1:
+            error = error_rates([text], asr([said], rate))["cer"]
             print(f"take {take} (seed {args.seed + take}): character error rate {error:.1%} by {args.asr}")
+        takes.append((error, take, said))
     error, take, said = min(takes)  # no two have the same number: waves are never compared
-    spent, seconds = time.time() - start, len(said) / rate
+    spent = time.time() - start
     write_wave(args.out, said, rate)
-    for piece in pieces if len(pieces) > 1 else []:
-        print(f"piece: {piece}")
-    print(f"{args.out}: {seconds:.2f} s, {len(text) / seconds:.0f} characters a second{f', take {take}' if args.takes > 1 else ''}; "
-          f"real-time factor {spent / seconds / args.takes:.2f}")  # fmt: skip
+    for request in requests if len(requests) > 1 else []:
+        print(f"piece: {request.text}")
+    seconds = len(said) / rate
+    chosen = f", take {take}" if args.takes > 1 else ""
+    print(f"{args.out}: {seconds:.2f} s, {len(text) / seconds:.0f} characters a second{chosen}; real-time factor "
+          f"{spent / seconds / args.takes:.2f}")
 
 
-def say_list(args, dit, vae, notes, rank, world) -> None:
+def say_list(args, dit, vae, generate, notes, rank, world) -> None:
     """Every line of a list in LibriSpeech-PC's six columns; wavs that are there already are kept."""
-    rate, limit, lines, root = dit.config.sample_rate, dit.config.max_seconds, read_list(args.list)[: args.limit], args.ref_dir or args.list.parent
-    settings = dict(list=args.list.name, seed=args.seed, steps=args.steps, cfg=args.cfg, cfg_until=args.cfg_until, sway=args.sway, speed=args.speed, bf16=args.bf16, tts=notes["tts_name"], vae=notes["vae_name"])
-    stamp = args.out / "settings.json"
-    prompts = {line.ref: find_audio(root, line.ref) for line in lines}  # all of them, before anything is spent
+    rate = dit.config.sample_rate
+    limit = dit.config.max_seconds
+    lines = read_list(args.list)[: args.limit]
+    prompts = {line.ref: find_audio(args.ref_dir or args.list.parent, line.ref) for line in lines}
+    settings = {name: getattr(args, name) for name in ("seed", "steps", "cfg", "sway", "speed", "bf16")}
+    settings |= dict(list=args.list.name, tts=notes["tts_name"], vae=notes["vae_name"])
     said = {line.wav: [line.says, *file_stamp(prompts[line.ref])] for line in lines}
+    stamp = args.out / "settings.json"
     found = read_json(stamp) if stamp.exists() else {}
     before = found.pop("said", {})
     there = [wav for wav in said if (args.out / wav).exists()]
@@ -271,29 +333,31 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
     if differ and (found or there):
         raise InputError(f"{args.out} was made with other settings, texts or prompts ({differ}): choose another --out")
     todo = [line for line in lines if line.wav not in there]
-    for line in todo:
-        wave, ref_text = read_audio(prompts[line.ref], rate), normalized(line.ref_text, dit.config.text, f"the text of {line.ref}")
-        check_prompt(wave, ref_text, rate, limit)
-        request = Request(wave, ref_text, normalized(line.text, dit.config.text, f"the text of {line.gen}"))
-        seconds = plan(dit, math.ceil(len(wave) / dit.config.hop), request, args.speed)[0] * dit.config.hop / rate
+
+    def request(line) -> Request:  # the prompt whole: the protocol's lengths are those of whole prompts
+        ref_text = normalized(line.ref_text, dit.config.text, f"the text of {line.ref}")
+        text = normalized(line.text, dit.config.text, f"the text of {line.gen}")
+        return Request(read_audio(prompts[line.ref], rate), ref_text, text)
+
+    for line in todo:  # all of them, before anything is spent
+        wanted = request(line)
+        check_prompt(wanted.prompt, wanted.prompt_text, rate, limit)
+        frames, _ = plan(dit, math.ceil(len(wanted.prompt) / dit.config.hop), wanted, args.speed)
+        seconds = frames * dit.config.hop / rate
         if seconds > 2 * limit:
-            raise InputError(f"{line.gen} takes {seconds:.1f} s with its prompt, the model was trained on at most {limit:.1f} s: shorten text or prompt")
-    if args.dry_run:
-        print(f"{args.list}: {len(lines)} lines, {len(todo)} to be said; every prompt is there")
-        return
+            raise InputError(f"{line.gen} takes {seconds:.1f} s with its prompt, the model was trained on at most "
+                             f"{limit:.1f} s: shorten text or prompt")
     held = lock(args.out) if rank == 0 else None
     barrier()  # all ranks have seen the same files before the first is written
     if rank == 0:
-        print(f"{len(lines)} lines, {len(lines) - len(todo)} there already")
+        print(f"{len(lines)} lines, {len(there)} there already")
         write_json(stamp, settings | dict(said=before | said))
     todo = sorted(todo, key=lambda line: line.ref_seconds + line.gen_seconds)[rank::world]
-    start, seconds = time.time(), 0.0
+    start = time.time()
+    seconds = 0.0
     for i in tqdm(range(0, len(todo), args.batch_size), desc="batches", disable=rank > 0):
-        batch, requests = todo[i : i + args.batch_size], []
-        for line in batch:
-            wave, ref_text = read_audio(prompts[line.ref], rate), normalize_text(line.ref_text, dit.config.text)
-            requests.append(Request(wave, ref_text, normalize_text(line.text, dit.config.text)))  # whole: the protocol's lengths are those of whole prompts
-        for line, wave in zip(batch, synthesize(dit, vae, requests, args.steps, args.cfg, args.sway, args.speed, args.seed, args.batch_size, args.cfg_until, args.bf16)):
+        batch = todo[i : i + args.batch_size]
+        for line, wave in zip(batch, generate(dit, vae, [request(line) for line in batch], seed=args.seed)):
             write_wave(args.out / line.wav, wave, rate)
             seconds += len(wave) / rate
     if rank == 0 and seconds:
@@ -302,47 +366,53 @@ def say_list(args, dit, vae, notes, rank, world) -> None:
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tts", default=str(DEMO / "tts"), help="run folder of train_tts.py, or hub id (default: the demo's)")
-    parser.add_argument("--vae", help="folder or hub id of its VAE (default: where the TTS run says; F5-TTS's: Vocos)")
-    parser.add_argument("--ref", type=Path, help="recording of the voice (default: the demo's)")
-    parser.add_argument("--ref-text", help="what the recording says (default: transcribed with --asr)")
+    flag = parser.add_argument
+    flag("--tts", default=str(DEMO / "tts"), help="run folder of train_tts.py, or hub id (default: the demo's)")
+    flag("--vae", help="folder or hub id of its VAE (default: where the TTS run says; F5-TTS's: Vocos)")
+    flag("--ref", type=Path, help="recording of the voice (default: the demo's)")
+    flag("--ref-text", help="what the recording says (default: transcribed by --asr)")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", help="what to say (default without --ref: a demo sentence)")
-    text.add_argument("--text-file", type=argparse.FileType(encoding="utf-8-sig", errors="surrogateescape"), help="a file that holds what to say")
-    parser.add_argument("--out", type=Path, help=f"file in {', '.join(FORMATS)}, or folder for --list (default: sample.wav, runs/samples)")
-    parser.add_argument("--list", type=Path, help="say every line of a list: ref_utt, ref_seconds, ref_text, gen_utt, gen_seconds, gen_text, tab-separated")
-    parser.add_argument("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
-    parser.add_argument("--limit", type=at_least(1), help="only the first so many lines of the list")
-    parser.add_argument("--dry-run", action="store_true", help="with --list: only look whether every prompt is there")
-    parser.add_argument("--steps", type=at_least(1), help="Euler steps (default: the model's, the paper's 32)")
-    parser.add_argument("--cfg", type=at_least(0, float), help="guidance strength (default: the model's, the paper's 2)")
-    parser.add_argument("--cfg-until", type=at_least(0, float, 1), default=1, help="guide only at times before this one, of 0 (noise) to 1: less work (default %(default)s)")
-    parser.add_argument("--sway", type=at_least(-1, float, 1), default=-1, help="sway of the time steps, negative: denser near the noise (default %(default)s)")
-    parser.add_argument("--speed", type=at_least(0.3, float, 3), default=1, help="relative to the prompt's rate of speech (default %(default)s)")
-    parser.add_argument("--duration", type=at_least(0.1, float), help="seconds of the result (default: by the prompt's rate)")
-    parser.add_argument("--takes", type=at_least(1), default=1, help="make several and keep the one --asr understands best (default %(default)s)")
-    parser.add_argument("--asr", default=str(DEMO / "ssl"), help="recogniser for --takes and for prompts without transcript: hub id or folder (default: the demo's)")
-    parser.add_argument("--language", default="en", help="what a multilingual Whisper listens for (default %(default)s)")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=has_bfloat16(), help="matrix products of the DiT in bfloat16 (default: on GPUs and CPUs that are faster so)")
-    parser.add_argument("--batch-size", type=at_least(1), default=8, help="utterances at once (default %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="default %(default)s")
+    file = argparse.FileType(encoding="utf-8-sig", errors="surrogateescape")
+    text.add_argument("--text-file", type=file, help="a file that holds what to say")
+    flag("--out", type=Path, help=f"file in {', '.join(FORMATS)}, or folder with --list")
+    flag("--list", type=Path, help="say every line of a list in LibriSpeech-PC's six columns")
+    flag("--ref-dir", type=Path, help="where the list's recordings are (default: beside the list)")
+    flag("--limit", type=at_least(1), help="only the first so many lines of the list")
+    flag("--steps", type=at_least(1), help="Euler steps (default: the model's; the paper's 32)")
+    flag("--cfg", type=at_least(0, float), help="guidance strength (default: the model's; the paper's 2)")
+    flag("--sway", type=at_least(-1, float, 1), default=-1, help="negative: denser steps near the noise (default -1)")
+    flag("--speed", type=at_least(0.3, float, 3), default=1, help="relative to the prompt's rate of speech (default 1)")
+    flag("--duration", type=at_least(0.1, float), help="seconds of the result (default: at the prompt's rate)")
+    flag("--takes", type=at_least(1), default=1, help="make several and keep the one that --asr understands best")
+    flag("--asr", default=str(DEMO / "ssl"), help="recogniser, hub id or folder (default: the demo's)")
+    flag("--language", default="en", help="of a multilingual Whisper (default %(default)s)")
+    flag("--bf16", **switch(has_bfloat16()), help="the DiT's matrix products in bfloat16 (default: where faster)")
+    flag("--batch-size", type=at_least(1), default=8, help="utterances at once (default %(default)s)")
+    flag("--seed", type=at_least(0), default=0, help="default %(default)s")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/samples" if args.list else "sample.wav")
     if args.text_file:
         args.text = args.text_file.read()
-    for name in ("ref", "ref_text", "text", "duration", "takes", "asr", "language") if args.list else ("ref_dir", "limit", "dry_run"):
+    single = ("ref", "ref_text", "text", "duration", "takes", "asr", "language")
+    for name in single if args.list else ("ref_dir", "limit"):
         if getattr(args, name) != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')} has no use {'with' if args.list else 'without'} --list: drop it")
-    if not args.list and args.out.suffix.lower() not in FORMATS:
+            which = "with" if args.list else "without"
+            raise InputError(f"--{name.replace('_', '-')} has no use {which} --list: drop it")
+    if args.list:
+        return args
+    if args.out.suffix.lower() not in FORMATS:
         raise InputError(f"--out {args.out}: expected a file that ends in {', '.join(FORMATS)}")
     if args.ref_text is not None and not args.ref:
         raise InputError("--ref-text says what a recording says: name it with --ref")
-    if not args.list and not args.ref:
-        demo = max(read_list(DEMO / "corpus" / "test.lst"), key=lambda line: line.ref_seconds)  # a voice held out from all training
-        args.ref, args.ref_text, args.text = DEMO / "corpus" / demo.ref, demo.ref_text, demo.text if args.text is None else args.text
-    if not args.list and args.text is None:
+    if not args.ref:  # a voice held out from all training
+        demo = max(read_list(DEMO / "corpus" / "test.lst"), key=lambda line: line.ref_seconds)
+        args.ref = DEMO / "corpus" / demo.ref
+        args.ref_text = demo.ref_text
+        args.text = demo.text if args.text is None else args.text
+    if args.text is None:
         raise InputError("nothing to say: give --text")
-    if not args.list and args.out.resolve() == args.ref.resolve():
+    if args.out.resolve() == args.ref.resolve():
         raise InputError(f"--out {args.out} is the recording {args.ref}: choose another --out")
     return args
 
@@ -354,12 +424,15 @@ def main(argv=None):
     usual = dict(steps=32, cfg=2) | notes.get("sampling", {})
     args.steps = usual["steps"] if args.steps is None else args.steps
     args.cfg = usual["cfg"] if args.cfg is None else args.cfg
+    options = {name: getattr(args, name) for name in ("steps", "cfg", "sway", "speed", "batch_size", "bf16")}
+    generate = functools.partial(synthesize, **options)
     if rank == 0:
-        print(f"device {device}, {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed}, {args.steps} steps, guidance {args.cfg}")
+        precision = "bfloat16" if args.bf16 else "float32"
+        print(f"device {device}, {precision}, seed {args.seed}, {args.steps} steps, guidance {args.cfg}")
     if args.list:
-        say_list(args, dit, vae, notes, rank, world)
+        say_list(args, dit, vae, generate, notes, rank, world)
     elif rank == 0:
-        say(args, dit, vae, device)
+        say(args, dit, vae, generate, device)
 
 
 if __name__ == "__main__":
