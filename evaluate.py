@@ -227,21 +227,12 @@ class SIMo:
     """The scorer from its file alone. Every weight must find its place, but for the classifier of its training."""
 
     NAMES = {  # of WavLM's parts: in the file, in transformers
-        "feature_extract.model.layer_norm": "feature_projection.layer_norm",
-        "feature_extract.model.": "",
-        "mask_emb": "masked_spec_embed",
-        "post_extract_proj": "feature_projection.projection",
-        "encoder.pos_conv.0": "encoder.pos_conv_embed.conv",
-        ".0.weight": ".conv.weight",
-        ".2.1.": ".layer_norm.",
-        "self_attn_layer_norm": "layer_norm",
-        "self_attn": "attention",
-        "grep_linear": "gru_rel_pos_linear",
-        "grep_a": "gru_rel_pos_const",
-        "relative_attention_bias": "rel_attn_embed",
-        "fc1": "feed_forward.intermediate_dense",
-        "fc2": "feed_forward.output_dense",
-    }
+        "feature_extract.model.layer_norm": "feature_projection.layer_norm", "feature_extract.model.": "",
+        "mask_emb": "masked_spec_embed", "post_extract_proj": "feature_projection.projection",
+        "encoder.pos_conv.0": "encoder.pos_conv_embed.conv", ".0.weight": ".conv.weight", ".2.1.": ".layer_norm.",
+        "self_attn_layer_norm": "layer_norm", "self_attn": "attention", "grep_linear": "gru_rel_pos_linear",
+        "grep_a": "gru_rel_pos_const", "relative_attention_bias": "rel_attn_embed",
+        "fc1": "feed_forward.intermediate_dense", "fc2": "feed_forward.output_dense"}  # fmt: skip
 
     def __init__(self, path: str, device):
         from transformers import WavLMConfig, WavLMModel
@@ -257,15 +248,12 @@ class SIMo:
                 elif not name.startswith("loss_calculator."):  # the classifier of its training
                     head[name] = value
             width, narrow = front["feature_projection.projection.weight"].shape
-            config = WavLMConfig(
-                hidden_size=width,
-                conv_dim=[narrow] * 7,
-                num_hidden_layers=len(head["feature_weight"]) - 1,
-                num_attention_heads=front["encoder.layers.0.attention.gru_rel_pos_const"].shape[1],
-                intermediate_size=len(front["encoder.layers.0.feed_forward.intermediate_dense.bias"]),
-                feat_extract_norm="layer",
-                do_stable_layer_norm=True,
-            )
+            layers = len(head["feature_weight"]) - 1
+            heads = front["encoder.layers.0.attention.gru_rel_pos_const"].shape[1]
+            inner = len(front["encoder.layers.0.feed_forward.intermediate_dense.bias"])
+            sizes = dict(num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner)
+            form = dict(conv_dim=[narrow] * 7, feat_extract_norm="layer", do_stable_layer_norm=True)
+            config = WavLMConfig(hidden_size=width, **sizes, **form)
             self.wavlm = WavLMModel(config).eval().to(device)
             self.wavlm.load_state_dict(front)
             self.ecapa = ECAPA(width, len(head["feature_weight"])).eval().to(device)

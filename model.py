@@ -137,7 +137,8 @@ def conv(*args, **kwargs) -> nn.Module:
 
 
 class Snake(nn.Module):
-    """x + sin²(αx)/α with one α a channel (arXiv 2006.08195): voiced speech is periodic, so the network should be."""
+    """x + sin²(αx)/α with one α a channel (arXiv 2006.08195): voiced speech is periodic, so the network should
+    be."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -210,8 +211,8 @@ class LogMel(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """y = W · pool(mean over heads h of softmax(qₕkₕᵀ/√d + causal mask) vₕ). From a wide input to a narrow output:
-    heads are averaged and pooled, not concatenated."""
+    """y = W · pool(mean over heads h of softmax(qₕkₕᵀ/√d + causal mask) vₕ). From a wide input to a narrow
+    output: heads are averaged and pooled, not concatenated."""
 
     def __init__(self, dim: int, out_dim: int, heads: int = 8):
         super().__init__()
@@ -328,9 +329,9 @@ class AntiAliasedSnake(nn.Module):
     """down₂(SnakeBeta(up₂(x))): the harmonics that an activation adds above half the rate would fold back to wrong,
     audible frequencies. At twice the rate they are filtered out first.
 
-    up₂(x) = 2 · filter ∗ (x with zeros between), down₂(y) = every other sample of filter ∗ y. Both are stencils: the 2x
-    signal's even and odd samples are 6-tap sums of inputs, and an output is a 12-tap sum over both. The interleaved 2x
-    signal is never formed. tests/plain.py holds the convolutions that this equals."""
+    up₂(x) = 2 · filter ∗ (x with zeros between), down₂(y) = every other sample of filter ∗ y. Both are
+    stencils: the 2x signal's even and odd samples are 6-tap sums of inputs, and an output is a 12-tap sum over both.
+    The interleaved 2x signal is never formed. tests/plain.py holds the convolutions that this equals."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -409,8 +410,8 @@ def alignment_loss(z, target, valid=None):
     """The paper's −cos(z, target), averaged over an utterance's valid frames, then over the batch.
 
     z is the *sampled* latent [B, N, D], which decoder and DiT will see: noise that drowned its direction would cost.
-    target is the head's projection of the SSL features, valid [B, N] marks real frames (None: all). The gradient reaches
-    the encoder through z and the head through target; the SSL model is frozen."""
+    target is the head's projection of the SSL features, valid [B, N] marks real frames (None: all). The gradient
+    reaches the encoder through z and the head through target; the SSL model is frozen."""
     return -masked_mean(F.cosine_similarity(z, target, dim=-1), valid).mean()
 
 
@@ -422,19 +423,16 @@ class AlignmentHead(nn.Module):
         super().__init__()
         self.model = conv_head(ssl_dim, 2 * latent_dim, latent_dim)
 
-    def project(self, features, frames: int):  # [B, S, ssl_dim]
-        return self.model(at_rate(features, frames).mT).mT.float()  # [B, frames, latent]
+    def forward(self, z, features):  # [B, N, latent], [B, S, ssl_dim]
+        return z, self.model(at_rate(features, z.shape[1]).mT).mT.float()  # [B, N, latent] twice
 
-    def forward(self, z, features, valid=None):
-        """z [B, N, latent]; features [B, S, ssl_dim]; valid [B, N] → the loss, a scalar."""
-        return alignment_loss(z, self.project(features, z.shape[1]), valid)
+    def loss(self, z, aligned, valid=None):
+        return alignment_loss(*aligned, valid)
 
 
 class UpwardAlignmentHead(nn.Module):
-    """VA-VAE's loss (arXiv 2501.01423, section 3): the latent is projected *up* to the features, so that the features
-    become predictable from the latents. Over frames i, and pairs of frames i, j, of an utterance:
-
-    mean ReLU(1 − m₁ − cos(Wzᵢ, fᵢ)) + mean ReLU(|cos(zᵢ, zⱼ) − cos(fᵢ, fⱼ)| − m₂)"""
+    """VA-VAE's alignment (arXiv 2501.01423, section 3): the latent is projected *up* to the features, so that the
+    features become predictable from the latents."""
 
     def __init__(self, ssl_dim: int, latent_dim: int, margin: float = 0.5, pair_margin: float = 0.25):
         super().__init__()
@@ -442,16 +440,19 @@ class UpwardAlignmentHead(nn.Module):
         self.pair_margin = pair_margin
         self.model = nn.Linear(latent_dim, ssl_dim, bias=False)
 
-    def forward(self, z, features, valid=None):
-        """z [B, N, latent]; features [B, S, ssl_dim]; valid [B, N] → the loss, a scalar."""
-        features = at_rate(features, z.shape[1]).float()  # [B, N, ssl_dim]
-        frames = F.relu(1 - self.margin - F.cosine_similarity(self.model(z).float(), features, dim=-1))  # [B, N]
-        unit_z = F.normalize(z, dim=-1)
-        unit_f = F.normalize(features, dim=-1)
-        with torch.autocast(z.device.type, enabled=False):
-            pairs = F.relu((unit_z @ unit_z.mT - unit_f @ unit_f.mT).abs() - self.pair_margin)  # [B, N, N]
-        both = None if valid is None else (valid[:, :, None] & valid[:, None]).flatten(1)
-        return (masked_mean(frames, valid) + masked_mean(pairs.flatten(1), both)).mean()
+    def forward(self, z, features):  # [B, N, latent], [B, S, ssl_dim]
+        return self.model(z).float(), at_rate(features, z.shape[1]).float()  # [B, N, ssl_dim] twice
+
+    def loss(self, z, aligned, valid):
+        """mean ReLU(1 - m1 - cos(Wz_i, f_i)) + mean ReLU(|cos(z_i, z_j) - cos(f_i, f_j)| - m2) over the valid frames i,
+        and pairs of frames i, j, of an utterance; then over the batch."""
+        projected, features = aligned
+        frames = F.relu(1 - self.margin - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
+        z = F.normalize(z, dim=-1)
+        features = F.normalize(features, dim=-1)
+        pairs = F.relu((z @ z.mT - features @ features.mT).abs() - self.pair_margin)  # [B, N, N]
+        both = valid[:, :, None] & valid[:, None]
+        return (masked_mean(frames, valid) + masked_mean(pairs.flatten(1), both.flatten(1))).mean()
 
 
 def masked_mean(x, valid=None):
@@ -556,22 +557,18 @@ class SemanticVAE(Pretrained):
         """Latents [B, N, D] → float32 audio [B, samples] within [-1, 1]; by default all N · hop samples."""
         return self.decoder(z.transpose(1, 2))[:, 0, :samples].float()  # [B, T]
 
-    def forward(self, wave, noise, features=None, valid=None):
-        """One training pass: audio [B, T], noise [B, N, D], SSL features [B, S, ssl_dim], valid [B, N] → reconstruction
-        [B, T], and the losses on the latents by name: kl, and align where there are features."""
-        z, losses = self.sample_posterior(wave, noise, features, valid)
-        return self.decode(z, wave.shape[-1]), losses
-
-    def sample_posterior(self, wave, noise, features=None, valid=None):
-        """The arguments of forward → sampled latents z [B, N, D], and the losses on them by name."""
+    def sample_posterior(self, wave, noise, features=None):
+        """Audio [B, T], noise [B, N, D], SSL features [B, S, ssl_dim] → sampled latents z, mean, logvar, all [B,
+        N, D], and (if there are features) the two vectors a frame that are to be aligned."""
         mean, logvar = self.encode(wave)
         z = mean + noise * (0.5 * logvar).exp()
-        losses = {}
-        if not self.config.mel:
-            losses["kl"] = kl_loss(mean, logvar)
-        if features is not None:
-            losses["align"] = self.projectors(z, features, valid)
-        return z, losses
+        aligned = self.projectors(z, features) if features is not None else None
+        return z, mean, logvar, aligned
+
+    def forward(self, wave, noise, features=None):
+        """One training pass: the reconstruction [B, T], then as sample_posterior."""
+        z, mean, logvar, aligned = self.sample_posterior(wave, noise, features)
+        return self.decode(z, wave.shape[-1]), z, mean, logvar, aligned
 
     def content_hash(self, without: tuple[str, ...] = ("projectors.",)) -> str:
         """Names these weights, less the alignment head's, in 16 hex digits: for tables of scores."""
@@ -816,8 +813,9 @@ class FeedForward(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """x += g₁ · attention(LN(x)(1 + s₁) + b₁), then x += g₂ · feed-forward(LN(x)(1 + s₂) + b₂); (b, s, g) =
-    AdaLN(t)."""
+    """x += g₁ · attention(LN(x)(1 + s₁) + b₁), then x += g₂ · feed-forward(LN(x)(1 + s₂) + b₂).
+
+    (b, s, g) = AdaLN(t)."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -854,7 +852,8 @@ class DiT(Pretrained):
             nn.init.zeros_(linear.bias)
 
     def standardize(self, z):
-        """Latents [..., D] → zero mean and unit variance a channel: the noise's size, and all channels weigh alike."""
+        """Latents [..., D] → zero mean and unit variance a channel: the noise's size, and all channels weigh
+        alike."""
         return (z - self.latent_mean) / self.latent_std
 
     def destandardize(self, x):
@@ -884,8 +883,9 @@ class DiT(Pretrained):
 
 
 def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None, read=()):
-    """‖v(x_t, t) − (x − noise)‖² over the span, with x_t = (1 − t) · noise + t · x: noise at t = 0, data at t = 1, and
-    a straight path of constant velocity between them.
+    """‖v(x_t, t) − (x − noise)‖² over the span, with x_t = (1 − t) · noise + t · x.
+
+    At t = 0 this is noise, at t = 1 data, and between them a straight path of constant velocity.
 
     x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths
     [B]; drop_* [B] bool where prompt or text is hidden, so that the velocity without them is learned too; starts [B, L]
@@ -1037,14 +1037,12 @@ def save_network(network: nn.Module, folder: Path, dtype, notes: dict) -> None:
 def load_network(kind, name: str | Path):
     """A checkpoint of ours; the authors' release and Vocos for a SemanticVAE; F5-TTS's for a DiT."""
     folder = local_folder(name)
-    foreign = {
-        (SemanticVAE, "metainfo.json"): from_authors,
-        (SemanticVAE, "config.yaml"): from_vocos,
-        (DiT, "vocab.txt"): from_f5,
-    }
-    for (reads, file), reader in foreign.items():
-        if kind is reads and (folder / file).exists():
-            return reader(folder)
+    if kind is SemanticVAE and (folder / "metainfo.json").exists():
+        return from_authors(folder)
+    if kind is SemanticVAE and (folder / "config.yaml").exists():
+        return from_vocos(folder)
+    if kind is DiT and (folder / "vocab.txt").exists():
+        return from_f5(folder)
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json (train_vae.py's, train_tts.py's) or vocab.txt (F5-TTS's)")
     saved = read_json(folder / "config.json")
@@ -1183,21 +1181,14 @@ def from_f5(folder: Path) -> DiT:
         width = len(tensors["norm_out.linear.bias"]) // 2
         with torch.device("meta"):  # the frames' name depends on no weights
             vae_hash = SemanticVAE(F5_MEL).latents_hash()
+        depth = sum(k.endswith(".attn.to_q.bias") for k in tensors)
+        ff_mult = len(tensors["transformer_blocks.0.ff.ff.0.0.bias"]) // width
+        text_layers = sum(k.endswith(".dwconv.bias") for k in tensors)
+        vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n")
         config = DiTConfig(
-            latent_dim=100,
-            width=width,
-            depth=sum(k.endswith(".attn.to_q.bias") for k in tensors),
-            heads=width // 64,
-            ff_mult=len(tensors["transformer_blocks.0.ff.ff.0.0.bias"]) // width,
-            text_symbols=rows - 1,
-            vocabulary=(folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n"),
-            text_dim=text_dim,
-            text_layers=sum(k.endswith(".dwconv.bias") for k in tensors),
-            sample_rate=24000,
-            hop=256,
-            max_seconds=24.0,  # half of it is the prompt's
-            vae_hash=vae_hash,
-        )
+            latent_dim=100, width=width, depth=depth, heads=width // 64, ff_mult=ff_mult, text_symbols=rows - 1,
+            vocabulary=vocabulary, text_dim=text_dim, text_layers=text_layers, sample_rate=24000, hop=256,
+            max_seconds=24.0, vae_hash=vae_hash)  # fmt: skip
     except (ArithmeticError, AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as e:
         raise InputError(f"{folder} does not hold what F5-TTS publishes: {type(e).__name__} {e}") from e
     tensors |= dict(latent_mean=torch.zeros(100), latent_std=torch.ones(100))  # its frames are used as they are

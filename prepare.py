@@ -597,8 +597,8 @@ WORK = ".prepare"  # scratch space in --out, removed in the end: a name that no 
 
 
 def each_chunk(out: Path, name: str, count: int, do, rank: int, world: int) -> list:
-    """do(range of clips) for this rank's chunks of 0 … count - 1 that are not marked as done. Returns what it returned
-    for all chunks, which is kept in the marks."""
+    """do(range of clips) for this rank's chunks of 0 … count - 1 that are not marked as done. Returns what it
+    returned for all chunks, which is kept in the marks."""
     marks = [out / WORK / f"{name}-{k}" for k in range(math.ceil(count / CHUNK))]
     todo = [k for k in range(rank, len(marks), world) if not marks[k].exists()]
     pace = 1 if sys.stderr.isatty() else 60  # seconds between two updates of the bar: in a file, each is a line
@@ -666,19 +666,11 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
     write_text(out / "index.tsv", "".join(index))
     write_atomic(out / "audio.bin", join)
     total = sum(samples for *_, samples in kept)
-    meta = dict(
-        sample_rate=args.sample_rate,
-        text=args.text,
-        teacher=args.ssl,
-        layer=args.layer,
-        aligner=args.aligner,
-        sources=[str(source) for source in args.source],
-        clips=len(kept),
-        hours=round(total / args.sample_rate / 3600, 4),
-        speakers=len({speaker for _, _, speaker, *_ in kept}),
-        audio=dict(shape=[total], dtype="int16", rate=args.sample_rate),
-    )
-    write_json(out / "meta.json", meta)
+    hours = round(total / args.sample_rate / 3600, 4)
+    meta = dict(sample_rate=args.sample_rate, text=args.text, teacher=args.ssl, layer=args.layer, aligner=args.aligner)
+    meta |= dict(sources=[str(source) for source in args.source], clips=len(kept), hours=hours)
+    meta |= dict(speakers=len({speaker for _, _, speaker, *_ in kept}))
+    write_json(out / "meta.json", meta | dict(audio=dict(shape=[total], dtype="int16", rate=args.sample_rate)))
 
 
 def fill(data: Data, out: Path, name: str, facts: dict, width: tuple, make, rank: int, world: int, dtype="float16"):
@@ -1095,8 +1087,8 @@ class Run:
         self.audio = 0.0  # seconds that were trained on since
         hidden = self.rank > 0 or None  # None: where there is no terminal
         steps = range(self.first, args.steps)
-        bar = tqdm(steps, initial=self.first, total=args.steps, disable=hidden, desc=args.out.name)
-        for step in bar:
+        self.bar = tqdm(steps, initial=self.first, total=args.steps, disable=hidden, desc=args.out.name)
+        for step in self.bar:
             done = step + 1
             self.evaluating = done % args.eval_every == 0 or done in (args.steps, self.turn)
             yield step
@@ -1109,7 +1101,7 @@ class Run:
             if saving and self.rank == 0:
                 self.save(done)
             if number > 0:
-                bar.close()
+                self.bar.close()
                 if self.rank == 0:
                     print(f"stopped at step {done}, which is saved: go on with --resume --out {args.out}")
                 raise SystemExit(128 + int(number))
@@ -1153,6 +1145,7 @@ class Run:
             with open(self.args.out / "log.csv", "a", encoding="utf-8") as f:
                 f.write(",".join(shown.get(name, "") for name in self.columns) + "\n")
             tqdm.write("  ".join(f"{name} {value}" for name, value in shown.items()))
+            self.bar.set_postfix(loss=shown["loss"])
         if self.longest >= 5:
             raise InputError(f"step {done}: five updates in a row were skipped, since their gradients were not "
                              "finite: lower --lr, or look for recordings that are not speech, then --resume")
@@ -1257,7 +1250,8 @@ def clipped_step(optimizer: torch.optim.Optimizer, parameters, max_norm: float) 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema ← d · ema + (1 − d) · model, with d rising from 0 to `decay`: short runs do not remember their start."""
+    """ema ← d · ema + (1 − d) · model, with d rising from 0 to `decay`: short runs do not remember their
+    start."""
     decay = min(decay, step / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 

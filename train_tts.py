@@ -95,9 +95,9 @@ class Utterances(torch.utils.data.Dataset):
         return self.epoch(epoch)[position]
 
     def __getitem__(self, key):
-        """key (step, run of clips) → one example with all of its random draws: a span of 70 to 100 % of the frames, at
-        a random place, is to be generated, and the rest is the prompt. Prompt and text are hidden in 20 % of the
-        examples, the prompt alone in 24 %."""
+        """key (step, run of clips) → one example with all of its random draws: a span of 70 to 100 % of the
+        frames, at a random place, is to be generated, and the rest is the prompt. Prompt and text are hidden in
+        20 % of the examples, the prompt alone in 24 %."""
         step, run = key
         rng = np.random.default_rng([DRAWS, self.seed, step + 1, run[0]])
         posterior = torch.cat([self.data.get("latents", i) for i in run])  # [N, 2, D]
@@ -207,8 +207,8 @@ class MicroBatches:
 
 class HiddenAlignment(nn.Module):
     """A-DMA (arXiv 2505.19595): heads on the DiT's hidden states, in training alone. The 8th of 18 blocks should tell
-    the text (CTC, weight 0.1), the 12th the SSL features (1 − cosine, weight 1); other depths and widths in proportion.
-    The heads' norm sees a batch's padding: here alone micro-batches matter."""
+    the text (CTC, weight 0.1), the 12th the SSL features (1 − cosine, weight 1); other depths and widths in
+    proportion. The heads' norm sees a batch's padding: here alone micro-batches matter."""
 
     def __init__(self, dit: DiTConfig, ssl_dim: int):
         super().__init__()
@@ -238,9 +238,9 @@ class Objective(nn.Module):
         self.hidden = hidden
 
     def forward(self, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None, features=None):
-        """A batch → the losses [3] (flow matching, durations, hidden alignment) as sums over the span's frames, and the
-        number of those frames. Utterances weigh by their frames in all three, so that ranks and micro-batches change
-        nothing."""
+        """A batch → the losses [3] (flow matching, durations, hidden alignment) as sums over the span's frames,
+        and the number of those frames. Utterances weigh by their frames in all three, so that ranks and
+        micro-batches change nothing."""
         read = self.hidden.blocks if self.hidden else ()
         batch = (x, noise, t, span, text, lengths, drop_prompt, drop_text, starts)
         error, frames, *states = flow_matching_loss(self.dit, *batch, read)
@@ -478,14 +478,8 @@ def max_seconds(train: Utterances) -> float:
 def make_dit(args, dit: DiT | None, data: Data, train: Utterances, rank: int) -> DiT:
     """A new network as the preset says, or the given one if it fits the data."""
     latents = data.meta["latents"]
-    facts = dict(
-        latent_dim=latents["dim"],
-        sample_rate=data.rate,
-        hop=latents["hop"],
-        text=data.meta["text"],
-        max_seconds=max_seconds(train),
-        vae_hash=latents["vae_hash"],
-    )
+    facts = dict(latent_dim=latents["dim"], sample_rate=data.rate, hop=latents["hop"], text=data.meta["text"])
+    facts |= dict(max_seconds=max_seconds(train), vae_hash=latents["vae_hash"])
     if dit:
         found = dataclasses.asdict(dit.config)
         for name in ("latent_dim", "sample_rate", "hop", "text"):

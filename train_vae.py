@@ -14,6 +14,7 @@ import contextlib
 import copy
 import functools
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from model import (PRESETS, InputError, LogMel, MelDistance, SemanticVAE, VAEConfig, Vocos, at_rate, conv_head,
-                   load_torch, local_folder, rebuild, stft, stft_distance)  # fmt: skip
+                   kl_loss, load_torch, local_folder, rebuild, stft, stft_distance)  # fmt: skip
 from prepare import (DRAWS, ORDER, TRAINING, Data, Run, at_least, check_run, cli, clipped_step, compiled, distributed,
                      forward_flops, frame_count, load_batches, read_args, repeat_last, start_ranks, switch,
                      update_ema, write_wave)  # fmt: skip
@@ -76,18 +77,18 @@ class Crops(torch.utils.data.Dataset):
         return crop
 
 
+@dataclass
 class CropNumbers:
     """This rank's micro-batches, step after step: each step's crops are shared in order. The encoder's steps have crops
     of their own number."""
 
-    def __init__(self, steps: range, per_step: int, early: int, per_early_step: int, micro: int, rank: int, world: int):
-        self.steps = steps
-        self.per_step = per_step
-        self.early = early
-        self.per_early_step = per_early_step
-        self.micro = micro
-        self.rank = rank
-        self.world = world
+    steps: range
+    per_step: int
+    early: int  # steps of the encoder alone
+    per_early_step: int
+    micro: int
+    rank: int
+    world: int
 
     def parts(self, step: int) -> list[list[int]]:
         early = min(step, self.early)
@@ -118,8 +119,8 @@ class LatentReader(nn.Module):
         self.register_buffer("std", torch.ones(ssl_dim))
 
     def forward(self, z, wave, features=None):
-        """z [B, N, D], wave [B, T], features [B, S, ssl_dim] → losses by name. mel: mean L1 of log10 magnitudes, times
-        the seven scales of MelDistance, so that its weight means the same; teacher: mean square."""
+        """z [B, N, D], wave [B, T], features [B, S, ssl_dim] → losses by name. mel: mean L1 of log10 magnitudes,
+        times the seven scales of MelDistance, so that its weight means the same; teacher: mean square."""
         predicted = self.head(z.mT).mT.float()  # [B, N, bands + ssl_dim]
         mel = self.mel(wave[:, None]).mT  # [B, N, bands]
         losses = dict(mel=7 / math.log(10) * F.l1_loss(predicted[..., : self.BANDS], mel))
@@ -130,16 +131,16 @@ class LatentReader(nn.Module):
 
 
 class EncoderFirst(nn.Module):
-    """SemanticVAE.forward with a reader in place of the decoder: no reconstruction, but more losses."""
+    """SemanticVAE.forward with a reader in place of the decoder: its losses stand for the reconstruction."""
 
     def __init__(self, vae: SemanticVAE, reader: LatentReader):
         super().__init__()
         self.vae = vae
         self.reader = reader
 
-    def forward(self, wave, noise, features=None, valid=None):
-        z, losses = self.vae.sample_posterior(wave, noise, features, valid)
-        return None, losses | self.reader(z, wave, features)
+    def forward(self, wave, noise, features=None):
+        z, mean, logvar, aligned = self.vae.sample_posterior(wave, noise, features)
+        return self.reader(z, wave, features), z, mean, logvar, aligned
 
 
 @torch.no_grad()
@@ -255,10 +256,10 @@ def discriminator_loss(fake, real):
 
 
 def generator_losses(fake, real):
-    """adv: fake logits to 1. feature: L1 to the feature maps of the real audio (MelGAN, arXiv 1910.06711)."""
+    """(adversarial: fake logits to 1; feature matching: L1 to the real audio's maps, MelGAN, arXiv 1910.06711)."""
     adversarial = sum((1 - f[-1].float()).square().mean() for f in fake)
     matching = sum(F.l1_loss(a.float(), b.float()) for f, r in zip(fake, real) for a, b in zip(f[:-1], r[:-1]))
-    return dict(adv=adversarial, feature=matching)
+    return adversarial, matching
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,24 +298,18 @@ def main(argv=None):
     optimizer_d = torch.optim.AdamW(discriminators.parameters(), lr=args.lr, betas=(0.8, 0.99), fused=True)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     modules = dict(vae=vae, reader=reader, discriminators=discriminators, optimizer=optimizer, optimizer_d=optimizer_d)
-    weights = dict(
-        mel=args.mel_weight,
-        adv=args.adv_weight,
-        feature=args.feature_weight,
-        kl=args.kl_weight,
-        align=args.align_weight,
-        teacher=args.teacher_weight,
-    )
+    names = ("mel", "adv", "feature", "kl", "align", "teacher")
+    weights = {name: getattr(args, f"{name}_weight") for name in names}
 
     # ---- the global batch, shared between ranks and micro-batches
     seconds = crops.frames * vae.config.hop / data.rate
+    per_step = share_evenly("--batch-seconds", args.batch_seconds, seconds, world)
+    per_early_step = share_evenly("--encoder-batch-seconds", args.encoder_batch_seconds, seconds, world if early else 1)
     wave = torch.zeros(1, crops.frames * vae.config.hop, device=device)
     noise = torch.zeros(1, crops.frames, vae.config.latent_dim, device=device)
     flops = (forward_flops(vae, wave, noise) + 3 * forward_flops(discriminators, wave)) / seconds
     columns = ["loss", *weights, "wave", "disc", "grad", "grad_d", "valid_mel", "valid_stft"]
     run.begin(ema, dict(data=data.meta["sources"], ssl=ssl), modules, columns, flops, early)
-    per_step = share_evenly("--batch-seconds", args.batch_seconds, seconds, world)
-    per_early_step = share_evenly("--encoder-batch-seconds", args.encoder_batch_seconds, seconds, world if early else 1)
     steps = range(run.first, args.steps)
     numbers = CropNumbers(steps, per_step, early, per_early_step, args.micro_batch, rank, world)
     loader = load_batches(crops, numbers, args, device)
@@ -331,8 +326,7 @@ def main(argv=None):
     def example(step: int):
         count = len(numbers.parts(step)[0])
         features = torch.zeros(count, crops.features, ssl["dim"], device=device) if ssl and aligns(step) else None
-        valid = torch.ones(count, crops.frames, dtype=torch.bool, device=device)
-        return wave.expand(count, -1).contiguous(), noise.expand(count, -1, -1).contiguous(), features, valid
+        return wave.expand(count, -1).contiguous(), noise.expand(count, -1, -1).contiguous(), features
 
     def aligns(step: int) -> bool:
         return with_ssl and (step < early or not early)
@@ -364,8 +358,7 @@ def main(argv=None):
 
     def forward(batch):
         with autocast():
-            features = batch.get("features") if aligns(step) else None
-            return network(batch["wave"], batch["noise"], features, batch["valid"])
+            return network(batch["wave"], batch["noise"], batch.get("features") if aligns(step) else None)
 
     for step in run.steps():
         # ---- rates are pure functions of the step: resuming needs no scheduler state
@@ -403,15 +396,19 @@ def main(argv=None):
         discriminators.requires_grad_(False)
         for i, batch in enumerate(batches):
             with one_sum(network, i == len(batches) - 1):
-                again, losses = outputs[i] if outputs else forward(batch)
-                if again is not None:
-                    losses["mel"] = mel(again, batch["wave"])
-                    run.note(wave=F.l1_loss(again.detach(), batch["wave"]))
+                again, z, mean, logvar, aligned = outputs[i] if outputs else forward(batch)
+                losses = again if step < early else dict(mel=mel(again, batch["wave"]))
+                if not vae.config.mel:
+                    losses["kl"] = kl_loss(mean, logvar)
+                if aligned is not None:
+                    losses["align"] = vae.projectors.loss(z, aligned, batch["valid"])
                 if adversarial:
                     with autocast():
                         with torch.no_grad():
                             real_maps = fast_d(batch["wave"])
-                        losses |= generator_losses(fast_d(again), real_maps)
+                        losses["adv"], losses["feature"] = generator_losses(fast_d(again), real_maps)
+                if step >= early:
+                    run.note(wave=F.l1_loss(again.detach(), batch["wave"]))
                 loss = sum(weights[name] * value for name, value in losses.items())
                 (loss / len(batches)).backward()
             run.note(loss=loss, **losses)

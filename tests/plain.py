@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import train_vae
-from model import AntiAliasedSnake, SemanticVAE, VAEConfig, alignment_loss, kl_loss, lowpass
-from prepare import Data
+from model import AntiAliasedSnake, MelDistance, SemanticVAE, VAEConfig, lowpass
+from prepare import Data, update_ema
 
 
 def convolved(self, x):
@@ -39,9 +39,9 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
     crops = train_vae.Crops(data, vae.config, args.crop, args.seed, data.meta["ssl"])
     if args.unit_latents:
         train_vae.unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
-    discriminators, mel = train_vae.Discriminators(args.disc_width).to(device), train_vae.MelDistance(data.rate).to(device)
-    encoding = [p for name, p in vae.named_parameters() if not name.startswith(vae.BEHIND_LATENTS)]
-    decoding = [p for name, p in vae.named_parameters() if name.startswith(vae.BEHIND_LATENTS)]
+    discriminators, mel = train_vae.Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
+    encoding = [p for name, p in vae.named_parameters() if not name.startswith(vae.AFTER_LATENTS)]
+    decoding = [p for name, p in vae.named_parameters() if name.startswith(vae.AFTER_LATENTS)]
     optimizer = torch.optim.AdamW([dict(params=decoding), dict(params=encoding)], betas=(0.8, 0.99))
     optimizer_d, ema = torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99)), copy.deepcopy(vae)
     per_step = round(args.batch_seconds / (crops.frames * vae.config.hop / data.rate))
@@ -54,21 +54,21 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
             group["lr"] = rate
         optimizer.param_groups[1]["lr"] = rate * args.encoder_lr
         batch = {k: v.to(device) for k, v in next(loader).items()}
-        fake, z, mean, logvar, aligned = vae(batch["wave"], batch["noise"], batch["ssl"])
-        losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=alignment_loss(*aligned, batch["valid"]))
+        fake, losses = vae(batch["wave"], batch["noise"], batch["features"], batch["valid"])
+        losses["mel"] = mel(fake, batch["wave"])
         if step >= args.adv_start:
             losses["disc"] = train_vae.discriminator_loss(discriminators(fake.detach()), discriminators(batch["wave"]))
             optimizer_d.zero_grad()
             losses["disc"].backward()
-            torch.nn.utils.clip_grad_norm_(discriminators.parameters(), args.clip)
+            torch.nn.utils.clip_grad_norm_(discriminators.parameters(), train_vae.CLIP)
             optimizer_d.step()
-            losses["adv"], losses["feature"] = train_vae.generator_losses(discriminators(fake), discriminators(batch["wave"]))
+            losses |= train_vae.generator_losses(discriminators(fake), discriminators(batch["wave"]))
         weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
         loss = sum(weights[k] * v for k, v in losses.items() if k in weights)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), train_vae.CLIP)
         optimizer.step()
-        train_vae.update_ema(ema, vae, args.ema, step)
+        update_ema(ema, vae, args.ema, step)
         rows.append({k: v.item() for k, v in (losses | dict(loss=loss, grad=norm)).items()})
     return rows

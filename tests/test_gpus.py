@@ -44,7 +44,7 @@ def test_ranks_share_steps_by_frames(world):
         bounds = MicroBatches.cut(np.sort(rng.exponential(400, utterances)), 8)
         assert bounds[0] == 0 and bounds[-1] == utterances and min(np.diff(bounds)) >= 1
     examples = Utterances(Data(world.data, ("latents",)), "train", 6, 1, seed=1)
-    micro = MicroBatches(examples, 0, 9, 3, 0, 1)
+    micro = MicroBatches(examples, range(9), 3, 0, 1)
     padded = [len(part) * max(examples.frames[i] for run in part for i in run) for step in range(9) for part in micro.parts(step)]
     assert max(padded) <= micro.micro_frames
 
@@ -148,7 +148,7 @@ def test_a_gpu_that_cannot_be_used_is_said(tmp_path, monkeypatch, fails, world):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    fails(train_tts.main, TTS(world, tmp_path / "tts"), "rank 1 of this machine has no GPU: found 1")
+    fails(train_tts.main, TTS(world, tmp_path / "tts"), "rank 1 has no GPU: found 1")
 
 
 @pytest.mark.parametrize("train, args", [(train_vae, VAE), (train_tts, TTS)])
@@ -200,7 +200,7 @@ def test_validation_is_spread_over_speakers(world):
 def test_streams_of_random_numbers_differ_by_purpose():
     same = [np.random.default_rng(seed).random() for seed in ([5, 1], [5, 1, 0])]
     assert same[0] == same[1]  # why purposes stand first
-    assert train_vae.ORDER != train_vae.DRAWS and min(train_vae.ORDER, train_vae.DRAWS) > 0
+    assert prepare.ORDER != prepare.DRAWS and min(prepare.ORDER, prepare.DRAWS) > 0
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -234,4 +234,4 @@ def test_what_all_ranks_find_is_said_once(tmp_path):
 def test_the_log_tells_pace(world, tmp_path):
     train_tts.main(TTS(world, tmp_path))
     assert all(float(r["audio"]) > 0 and r["memory"] == r["mfu"] == "" for r in rows(tmp_path))
-    assert list(csv.reader(open(tmp_path / "log.csv")))[0][7:11] == ["seconds", "audio", "memory", "mfu"] and TIMES
+    assert list(csv.reader(open(tmp_path / "log.csv")))[0][-4:] == ["seconds", "audio", "memory", "mfu"] and TIMES
