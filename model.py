@@ -138,7 +138,7 @@ def conv(*args, **kwargs) -> nn.Module:
 
 class Snake(nn.Module):
     """x + sin²(αx)/α with one α a channel (arXiv 2006.08195): voiced speech is periodic, so the network should
-    be."""
+    be. Squared, since the sum then never falls (its slope is 1 + sin 2αx)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -248,8 +248,8 @@ class GatedMLP(nn.Module):
 class AttentionProjection(nn.Module):
     """From the encoder's width to the latent's: y = proj(LN₃ x) + attn(LN₁ x), then y + mlp(LN₂ y).
 
-    Causal, so that latents hardly depend on the speech after them: but for its last dozen frames, a prompt has the same
-    latents alone as with speech after it."""
+    Causal, so that a prompt encoded alone (sampling) has the latents that it has inside an utterance (training), but
+    for its last dozen frames."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -280,8 +280,8 @@ def lowpass() -> torch.Tensor:
 class Stencil(torch.autograd.Function):
     """y[n] = Σᵢ taps[i] · x[n + i], the same for all channels: [B, C, N] → [B, C, N - len(taps) + 1].
 
-    A compiler turns a sum of shifted inputs into one pass over memory. The gradient is written out, since it is a
-    stencil too, with the taps reversed; autograd would scatter the slice of each tap into zeros of its own."""
+    A compiler turns a sum of shifted inputs into one pass over memory. The gradient is written by hand, as a stencil of
+    the reversed taps: autograd would fill a tensor of zeros for each tap."""
 
     @staticmethod
     def forward(ctx, x, taps):
@@ -307,7 +307,7 @@ def extend(x, first, last, left: int, right: int):
 TAPS = tuple(lowpass().flatten().tolist())
 DOWN_EVEN = TAPS[1::2]  # weights of the 2x signal's even samples in an output
 DOWN_ODD = TAPS[0::2]
-UP_EVEN = (*(2 * tap for tap in DOWN_ODD), 0.0)  # twice as high: every other sample is a zero put between
+UP_EVEN = (*(2 * tap for tap in DOWN_ODD), 0.0)  # doubled: the zeros put between samples halve the level
 UP_ODD = (0.0, *(2 * tap for tap in DOWN_EVEN))  # with a 0, so that both stencils read the same 7 inputs
 
 
@@ -409,9 +409,9 @@ def at_rate(features, frames: int):
 def alignment_loss(z, target, valid=None):
     """The paper's −cos(z, target), averaged over an utterance's valid frames, then over the batch.
 
-    z is the *sampled* latent [B, N, D], which decoder and DiT will see: noise that drowned its direction would cost.
-    target is the head's projection of the SSL features, valid [B, N] marks real frames (None: all). The gradient
-    reaches the encoder through z and the head through target; the SSL model is frozen."""
+    z is the *sampled* latent [B, N, D], which decoder and DiT will see: too much noise in it raises this loss. target
+    is the head's projection of the SSL features, valid [B, N] marks real frames (None: all). The gradient reaches the
+    encoder through z and the head through target; the SSL model is frozen."""
     return -masked_mean(F.cosine_similarity(z, target, dim=-1), valid).mean()
 
 
@@ -584,7 +584,7 @@ class SemanticVAE(Pretrained):
         return digest.hexdigest()[:16]
 
     def latents_hash(self) -> str:
-        """Names the latents. VAEs that differ in their decoders alone share it, and can decode each other's latents."""
+        """Names the latents: VAEs that differ in their decoders' weights alone can decode each other's."""
         return self.content_hash(without=self.AFTER_LATENTS)
 
 
@@ -598,12 +598,11 @@ def angles(position, dim: int):
 
 
 def text_index(place: str, starts, counts, lengths, frames: int):
-    """Which byte of the text each frame gets: [B, frames]. Frames past the end of the text get padding.
+    """Which byte of the text each frame gets: [B, frames].
 
     left     frame i gets byte i, whatever is said there (F5-TTS): the DiT has to find out.
     even     each of n bytes gets frames // n frames, the last (frames % n) bytes one more (average upsampling,
-    ZipVoice,
-             arXiv 2506.13053): close to where it is said.
+             ZipVoice, arXiv 2506.13053): close to where it is said.
     aligned  from the byte's start in the speech to the next byte's: starts [B, L] in frames, ascending, infinite after
              the text.
 
@@ -616,7 +615,7 @@ def text_index(place: str, starts, counts, lengths, frames: int):
         return (torch.searchsorted(starts, middle.contiguous(), right=True) - 1).clamp(min=0)
     n = counts.clamp(min=1)[:, None]
     each = (lengths[:, None] // n).clamp(min=1)
-    last = lengths[:, None] - 1 - frame  # the index counted from the end; the smaller of both is right
+    last = lengths[:, None] - 1 - frame  # frames left; below, the smaller of both indices is right
     return torch.minimum(frame // each, n - 1 - last // (each + 1))
 
 
@@ -654,7 +653,7 @@ class TextEmbedding(nn.Module):
     """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, then each byte's vector to its
     frames.
 
-    Dropped text becomes the filler (row 0), a vector learned for this alone: its length and placement stay known."""
+    Dropped text: each byte becomes the filler (row 0, learned for this alone); length and places stay known."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -682,7 +681,7 @@ class TextEmbedding(nn.Module):
 
 class DurationPredictor(nn.Module):
     """The logarithm of each byte's duration, up to a constant: the prompt, whose length is known, sets the rate (see
-    sample.plan). It places text that nobody has spoken yet."""
+    sample.plan). From it come the `starts` of text that nobody has spoken yet."""
 
     def __init__(self, symbols: int, width: int = 128):
         super().__init__()
@@ -852,8 +851,7 @@ class DiT(Pretrained):
             nn.init.zeros_(linear.bias)
 
     def standardize(self, z):
-        """Latents [..., D] → zero mean and unit variance a channel: the noise's size, and all channels weigh
-        alike."""
+        """Latents [..., D] → zero mean, unit variance a channel: as large as the noise, and equal in weight."""
         return (z - self.latent_mean) / self.latent_std
 
     def destandardize(self, x):
@@ -869,10 +867,11 @@ class DiT(Pretrained):
         angle = angles(frame, self.config.width // self.config.heads)  # [N, W/H/2]
         t = self.time_embed(t)  # [B, W]
         x = self.input_embed(x, prompt, text, inside).float()  # [B, N, W]; blocks add to it in float32
-        states = []
-        for block in self.transformer_blocks:
+        states = {}
+        for i, block in enumerate(self.transformer_blocks):
             x = block(x, t, angle, inside)
-            states.append(x)
+            if i in read:
+                states[i] = x
         scale, shift = self.norm_out(t)
         velocity = self.proj_out(modulate(x, shift, scale))  # [B, N, latent]
         return (velocity, *(states[i] for i in read)) if read else velocity
@@ -910,8 +909,8 @@ EPSS = {
 
 def time_steps(steps: int, sway: float) -> list[float]:
     """The steps + 1 times between which the flow is integrated, from 0 to 1. Sway (F5-TTS) maps t to
-    t + sway · (cos(πt/2) − 1 + t): negative, it shortens the steps near the noise, where it is decided what is said
-    where."""
+    t + sway · (cos(πt/2) − 1 + t): negative, it shortens the steps
+    near the noise, which settle what is said and when."""
     times = [i / 32 for i in EPSS[steps]] if steps in EPSS else [i / steps for i in range(steps + 1)]
     return [t + sway * (math.cos(math.pi / 2 * t) - 1 + t) for t in times]
 
@@ -922,14 +921,14 @@ def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0,
 
     prompt [B, N, D] holds each prompt's latents in its first prompt_lengths frames; text [B, L] is prompt and target
     text, starts [B, L] where its bytes begin (aligned text); lengths [B] prompt and target frames. Guidance (arXiv
-    2207.12598) goes beyond the velocity with prompt and text, v + cfg · (v − v without them).
-    The prompt is written over the result."""
+    2207.12598) takes v further from its value u without prompt and text, for clearer speech: v + cfg · (v − u). The
+    prompt is written over the result."""
     given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
     prompt = prompt * given
-    keep = torch.zeros_like(lengths, dtype=torch.bool)
-    embedded = dit.text_embed(text, lengths, noise.shape[1], keep, starts)
+    drop = torch.ones_like(lengths, dtype=torch.bool)
+    embedded = dit.text_embed(text, lengths, noise.shape[1], ~drop, starts)
     if cfg:  # one batch of two halves: with and without prompt and text
-        without = dit.text_embed(text, lengths, noise.shape[1], ~keep, starts)
+        without = dit.text_embed(text, lengths, noise.shape[1], drop, starts)
         both = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([embedded, without])
     times = time_steps(steps, sway)
     x = noise

@@ -1,20 +1,19 @@
 """Turn a folder of speech into one data folder: audio, SSL features and latents as flat memory-mapped arrays.
 
     python prepare.py                                                      # the demo corpus and its tiny teacher
-    python prepare.py --vae runs/vae                                       # add the latents of a trained VAE, for stage
-    2 python prepare.py LibriTTS/ --out data/libritts --ssl microsoft/wavlm-large
+    python prepare.py --vae runs/vae                                       # add a trained VAE's latents, for stage 2
+    python prepare.py LibriTTS/ --out data/libritts --ssl microsoft/wavlm-large
     torchrun --standalone --nproc_per_node 8 prepare.py ...                # shares the clips between 8 GPUs
 
 The data folder, whose arrays hold the clips in the order of the index:
     index.tsv     one line a clip: id, split, speaker, samples, text
     audio.bin     int16   [samples of all clips]
     ssl.bin       float16 [SSL frames of all clips, width]
-    starts.bin    float32 [bytes of all texts]: the second at which each byte begins; nan in clips that could not be
-    aligned latents-HASH.bin  float16 [latent frames of all clips, 2, latent_dim]: mean and log-variance, by the VAE of
-    that hash
+    starts.bin    float32 [bytes of all texts]: the second at which each byte begins; nan where a clip was not aligned
+    latents-HASH.bin  float16 [latent frames of all clips, 2, latent_dim]: mean and log-variance, by that VAE
     meta.json     sample rate, teacher, VAEs, counts, hours, the latents' statistics
     settings.json how the folder was made, and from which texts and recordings: others are refused
-    dropped.tsv   every clip that was dropped, with its reason
+    dropped.tsv   every clip that was dropped, with its reason; unaligned.tsv: those that could not be aligned
 
 Killed at any moment and run again, it continues and ends with the same bytes.
 """
@@ -126,8 +125,8 @@ def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
 
 
 def loudness(wave: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
-    """RMS of each 20 ms of a wave [T] without its mean, and the level that five of them reach (a click does not): 0 if
-    nothing is heard."""
+    """RMS of each 20 ms of a wave [T] less its mean, and the fifth loudest of them (no mere click), 0 if nothing is
+    heard."""
     frames = (wave - wave.mean())[: len(wave) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
     levels = np.sqrt(np.square(frames).mean(1))
     loudest = np.sort(levels)[-5:].min(initial=1)
@@ -562,7 +561,10 @@ def list_clips(source: Path, alone: bool = True) -> list[tuple]:
             raise InputError(f"{source}: {name!r} by {speaker!r} has a tab, a line break or a null byte in its name")
     if alone:
         return clips
-    voice = lambda name, speaker: f"{source}:{speaker}" if speaker in ("LJ", name) else speaker
+
+    def voice(name: str, speaker: str) -> str:
+        return f"{source}:{speaker}" if speaker in ("LJ", name) else speaker
+
     return [(f"{source}:{name}", path, voice(name, speaker), *rest) for name, path, speaker, *rest in clips]
 
 
@@ -1060,7 +1062,7 @@ class Run:
                 self.kept = dict(state["kept"])
                 self.seconds = float(state["seconds"])
             except Exception as e:  # torch raises many kinds for names, shapes and types that do not fit
-                why = str(e).splitlines()[0]
+                why = (str(e) or repr(e)).splitlines()[0]
                 raise InputError(f"cannot resume from {path}: {why}; choose another --out to begin anew") from e
         if self.first > args.steps:
             raise InputError(f"{args.out} has made {self.first} steps, more than --steps {args.steps}: give more")
@@ -1189,14 +1191,14 @@ def load_batches(dataset, sampler, args, device, collate=None):
     return iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
 
 
-def forward_flops(module: nn.Module, *example) -> int:
+def forward_flops(module: nn.Module, *example, **named) -> int:
     """Operations of one forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*example)
+        module(*example, **named)
     return counter.get_total_flops()
 
 
-def compiled(module: nn.Module, wanted: bool, *example, parts=None):
+def compiled(module: nn.Module, wanted: bool, *example, parts=None, **named):
     """The module under torch.compile, tried on an example, forward and backward; itself, with a line that says why, if
     that fails. Parts that are named are compiled alone and for all shapes: alike, they share one graph, and training
     begins in seconds."""
@@ -1212,7 +1214,7 @@ def compiled(module: nn.Module, wanted: bool, *example, parts=None):
         fast = module if parts else torch.compile(module, dynamic=False)
         for part in parts or ():
             part.compile(dynamic=True)
-        outputs = [y for y in tree_leaves(fast(*example)) if torch.is_tensor(y) and y.requires_grad]
+        outputs = [y for y in tree_leaves(fast(*example, **named)) if torch.is_tensor(y) and y.requires_grad]
         torch.autograd.backward([y.sum() for y in outputs])
         if first:
             tqdm.write(f"compiled in {time.time() - begun:.0f} s")

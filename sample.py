@@ -1,14 +1,15 @@
 """Speak any text in the voice of a reference recording.
 
     python sample.py --text "did you see the bird again"                   # the demo's weights, in a demo voice
-    python sample.py --tts runs/tts --ref voice.wav --ref-text "What it says." --text "What it shall say." --out
-    said.wav
+    python sample.py --tts runs/tts --ref voice.wav --ref-text "What it says." --text "What it shall say." \\
+        --out said.wav
     python sample.py --list demo/corpus/test.lst --out runs/samples        # many, in batches; keeps what is there
     torchrun --standalone --nproc_per_node 8 sample.py --list ...          # shared between 8 GPUs
 
 Without --ref-text the prompt is transcribed by --asr. Long text is cut at sentence ends, so that prompt and piece
 together stay within the length the model was trained on; the pieces are joined by a short cross-fade. Interrupted, what
-was said so far is kept beside --out. """
+was said so far is kept beside --out.
+"""
 
 import argparse
 import functools
@@ -188,7 +189,7 @@ CUTS = (  # sentence ends, commas, spaces, and characters where no spaces are wr
 
 
 def split_text(text: str, limit: int) -> list[str]:
-    """As few pieces as possible of at most `limit` bytes, cut at the first of CUTS that will do."""
+    """Pieces of at most `limit` bytes, cut at the first of CUTS that will do."""
     pieces = [text]
     for pattern in CUTS:
         finer = []
@@ -246,7 +247,7 @@ def normalized(text: str, mode: str, what: str) -> str:
     return text
 
 
-def make_requests(args, dit: DiT, asr) -> list[Request]:
+def make_requests(args, dit: DiT, recognizer) -> list[Request]:
     """The text in pieces that fit after the prompt."""
     rate = dit.config.sample_rate
     limit = dit.config.max_seconds
@@ -255,7 +256,7 @@ def make_requests(args, dit: DiT, asr) -> list[Request]:
     check_prompt(wave, "", rate, limit / 2)  # before a recogniser, whose memory a long one would fill
     ref_text = args.ref_text
     if ref_text is None:
-        ref_text = asr([wave], rate)[0]
+        ref_text = recognizer()([wave], rate)[0]
         print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
     ref_text = normalized(ref_text, dit.config.text, "the transcript of the prompt")
     if dit.config.vocabulary and ref_text[-1] not in ".。":  # F5-TTS's prompts end so
@@ -281,8 +282,9 @@ def make_requests(args, dit: DiT, asr) -> list[Request]:
 def say(args, dit, vae, generate, device) -> None:
     """One text in one voice."""
     rate = dit.config.sample_rate
-    asr = Recognizer(args.asr, device, args.language) if args.ref_text is None or args.takes > 1 else None
-    requests = make_requests(args, dit, asr)
+    recognizer = functools.cache(lambda: Recognizer(args.asr, device, args.language))  # loaded when first needed
+    requests = make_requests(args, dit, recognizer)
+    asr = recognizer() if args.takes > 1 else None
     text = " ".join(request.text for request in requests)
     part = args.out.with_stem(args.out.stem + ".part")
     start = time.time()

@@ -187,7 +187,7 @@ class MicroBatches:
         room = max(lengths[-1], ends[-1] / count)
         while True:
             bounds = [0]
-            for left in range(count - 1, -1, -1):  # as many as fit, but for one for each part that is left
+            for left in range(count - 1, -1, -1):  # as many as fit, leaving one for each later part
                 before = ends[bounds[-1] - 1] if bounds[-1] else 0
                 full = int(np.searchsorted(ends, before + room, side="right"))
                 bounds.append(max(bounds[-1] + 1, min(full, len(lengths) - left)))
@@ -208,7 +208,7 @@ class MicroBatches:
 class HiddenAlignment(nn.Module):
     """A-DMA (arXiv 2505.19595): heads on the DiT's hidden states, in training alone. The 8th of 18 blocks should tell
     the text (CTC, weight 0.1), the 12th the SSL features (1 − cosine, weight 1); other depths and widths in
-    proportion. The heads' norm sees a batch's padding: here alone micro-batches matter."""
+    proportion. Their norm sees a batch's padding: this loss alone depends on micro-batches."""
 
     def __init__(self, dit: DiTConfig, ssl_dim: int):
         super().__init__()
@@ -257,15 +257,15 @@ class Objective(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The training.
 
-CLIP = 1  # largest gradient norm
+MAX_NORM = 1  # largest gradient norm
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks(args.device, TRAINING)
     run = Run(args, rank, world, device)
-    dit, data = open_data(args)
-    check_run(args, data, device, **args.learns_from)
+    dit, data, facts = open_data(args)
+    check_run(args, data, device, **facts)
     torch.manual_seed(args.seed)
     train, valid = (Utterances(data, split, args.batch_seconds, args.join, args.seed) for split in ("train", "valid"))
     check_utterances(args, train, valid, rank)
@@ -284,11 +284,11 @@ def main(argv=None):
 
     # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    runs = [run for step in range(train.groups) for run in train.step(step)][:2]  # one alone would be compiled for one
-    example = moved(collate([train[(0, run)] for run in runs]), device)
+    some = [clips for step in range(train.groups) for clips in train.step(step)][:2]  # not 1: special
+    example = moved(collate([train[(0, clips)] for clips in some]), device)
     with autocast():
-        flops = forward_flops(objective, *example.values()) / (example["lengths"].sum().item() / train.rate)
-        objective = compiled(objective, args.compile, *example.values(), parts=dit.transformer_blocks)
+        flops = forward_flops(objective, **example) / (example["lengths"].sum().item() / train.rate)
+        objective = compiled(objective, args.compile, parts=dit.transformer_blocks, **example)
     objective = distributed(objective, device, world)
 
     # ---- the run, its batches and its evaluation
@@ -329,7 +329,7 @@ def main(argv=None):
             part = sums * world / frames  # DDP averages over ranks: undo that
             part.sum().backward()
             losses += part.detach()
-        norm, skipped = clipped_step(optimizer, parameters, CLIP)
+        norm, skipped = clipped_step(optimizer, parameters, MAX_NORM)
         update_ema(ema, dit, args.ema, step)
         loss, durations, hidden_loss = losses
         run.note(loss=loss, durations=durations, hidden=hidden_loss, grad=norm, skipped=skipped, lr=rate)
@@ -407,8 +407,9 @@ def moved(batch: dict, device) -> dict:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def open_data(args) -> tuple[DiT | None, Data]:
-    """The DiT to go on from (--resume, --init), if any, and the data with the arrays that the training needs."""
+def open_data(args) -> tuple[DiT | None, Data, dict]:
+    """The DiT to go on from (--resume, --init), if any; the data with the arrays that the training needs; and what a
+    resumed run must find unchanged."""
     source = args.out if args.resume else args.init  # a run that goes on no longer needs what it began with
     dit = DiT.from_pretrained(source).train() if source else None
     if dit and dit.config.vocabulary:
@@ -431,14 +432,11 @@ def open_data(args) -> tuple[DiT | None, Data]:
         need.append("ssl")
     data = Data(args.data, need, vae_hash)
     latents = data.meta["latents"]
-    args.learns_from = dict(
-        latents=latents["vae_hash"],
-        statistics=zlib.crc32(json.dumps([latents["mean"], latents["std"]]).encode()),
-        placement=place,
-        aligner=data.meta["starts"]["revision"] if place == "aligned" else None,
-        teacher=data.meta["ssl"] if args.align_hidden else None,
-    )
-    return dit, data
+    statistics = zlib.crc32(json.dumps([latents["mean"], latents["std"]]).encode())
+    aligner = data.meta["starts"]["revision"] if place == "aligned" else None
+    teacher = data.meta["ssl"] if args.align_hidden else None
+    facts = dict(latents=latents["vae_hash"], statistics=statistics, placement=place, aligner=aligner, teacher=teacher)
+    return dit, data, facts
 
 
 def open_vae(args, data: Data, device) -> tuple[SemanticVAE, Path]:

@@ -5,8 +5,9 @@
     torchrun --standalone --nproc_per_node 8 train_vae.py --preset paper --data ...   # the same training on 8 GPUs
     python train_vae.py --resume --out runs/vae                            # go on exactly where it stopped
 
-The run folder holds model.safetensors + config.json (the averaged weights: all that sampling needs), state.pt (all that
---resume needs), args.json, log.csv, and samples/ with the same validation clips after every evaluation.
+The run folder holds model.safetensors + config.json (the averaged weights: all that sampling needs), state.pt (weights,
+their average, both optimisers, the step: rates and random numbers follow from seed and step), args.json, log.csv, and
+samples/ with the same validation clips after every evaluation.
 """
 
 import argparse
@@ -79,8 +80,8 @@ class Crops(torch.utils.data.Dataset):
 
 @dataclass
 class CropNumbers:
-    """This rank's micro-batches, step after step: each step's crops are shared in order. The encoder's steps have crops
-    of their own number."""
+    """This rank's micro-batches, step after step: each step's crops are shared in order, in micro-batches of one
+    size, so that a mean of their means is the step's mean. The first `early` steps have another number of crops."""
 
     steps: range
     per_step: int
@@ -193,7 +194,7 @@ class PeriodDiscriminator(nn.Module):
 
     def forward(self, wave):  # [B, T]
         p = self.period
-        x = F.pad(wave[:, None], (0, p - wave.shape[-1] % p), mode="reflect")  # a whole period where nothing is missing
+        x = F.pad(wave[:, None], (0, p - wave.shape[-1] % p), mode="reflect")  # a full extra period if p divides T
         x = x.unflatten(-1, (-1, p))  # [B, 1, T/p, p]
         maps = []
         for layer in self.convs:
@@ -265,14 +266,14 @@ def generator_losses(fake, real):
 # ----------------------------------------------------------------------------------------------------------------------
 # The training.
 
-CLIP = 10  # largest gradient norm, of both networks
+MAX_NORM = 10  # largest gradient norm, of both networks
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_ranks(args.device, TRAINING)
     run = Run(args, rank, world, device)
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    torch.backends.cudnn.benchmark = True  # few shapes
     with_ssl = args.align_weight > 0 and not args.mel
     data = Data(args.data, ("audio", "ssl") if with_ssl else ("audio",))
     ssl = data.meta["ssl"] if with_ssl else None
@@ -332,8 +333,8 @@ def main(argv=None):
         return with_ssl and (step < early or not early)
 
     def network_from(step: int):
-        """The network that learns from this step on. An encoder that no longer does is the averaged one, so that
-        latents stay as they are, and with them every DiT trained on them."""
+        """The network that learns from this step on. Once frozen, the encoder holds its averaged weights, so that
+        latents, and the DiTs trained on them, stay valid."""
         learns = step < early or not early and args.encoder_lr > 0
         vae.decoder.requires_grad_(step >= early)
         if vae.projectors:
@@ -356,9 +357,9 @@ def main(argv=None):
     mel = MelDistance(data.rate).to(device)
     clips = data.spread("valid", args.eval_clips)
 
-    def forward(batch):
+    def forward(network, batch, with_features: bool):
         with autocast():
-            return network(batch["wave"], batch["noise"], batch.get("features") if aligns(step) else None)
+            return network(batch["wave"], batch["noise"], batch["features"] if with_features else None)
 
     for step in run.steps():
         # ---- rates are pure functions of the step: resuming needs no scheduler state
@@ -374,13 +375,13 @@ def main(argv=None):
         batches = [next(loader) for _ in numbers.parts(step)]
         batches = [{name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches]
         # One micro-batch: its forward pass serves both updates. Several: fakes are made first, without a graph.
-        outputs = [forward(batches[0])] if len(batches) == 1 else None
+        outputs = [forward(network, batches[0], aligns(step))] if len(batches) == 1 else None
 
         # ---- the discriminators' update: real and fake in one batch
         skipped = torch.zeros((), device=device)
         for i, batch in enumerate(batches if adversarial else ()):
             with torch.no_grad():
-                fake = (outputs[i] if outputs else forward(batch))[0].detach()
+                fake = (outputs[i] if outputs else forward(network, batch, aligns(step)))[0].detach()
             with one_sum(ddp_d, i == len(batches) - 1):
                 with autocast():
                     maps = ddp_d(torch.cat([fake, batch["wave"]]))
@@ -389,14 +390,14 @@ def main(argv=None):
                 (loss_d / len(batches)).backward()
             run.note(disc=loss_d)
         if adversarial:
-            norm_d, skipped = clipped_step(optimizer_d, discriminators.parameters(), CLIP)
+            norm_d, skipped = clipped_step(optimizer_d, discriminators.parameters(), MAX_NORM)
             run.note(grad_d=norm_d)
 
-        # ---- the VAE's update: gradients flow through the discriminators, whose own are not needed
+        # ---- the VAE's update: gradients flow through the discriminators, whose weights need none
         discriminators.requires_grad_(False)
         for i, batch in enumerate(batches):
             with one_sum(network, i == len(batches) - 1):
-                again, z, mean, logvar, aligned = outputs[i] if outputs else forward(batch)
+                again, z, mean, logvar, aligned = outputs[i] if outputs else forward(network, batch, aligns(step))
                 losses = again if step < early else dict(mel=mel(again, batch["wave"]))
                 if not vae.config.mel:
                     losses["kl"] = kl_loss(mean, logvar)
@@ -413,9 +414,9 @@ def main(argv=None):
                 (loss / len(batches)).backward()
             run.note(loss=loss, **losses)
         discriminators.requires_grad_(True)
-        norm, skipped_too = clipped_step(optimizer, [*vae.parameters(), *reader.parameters()], CLIP)
+        norm, skipped_too = clipped_step(optimizer, [*vae.parameters(), *reader.parameters()], MAX_NORM)
         run.note(grad=norm, skipped=torch.maximum(skipped, skipped_too), lr=rate)
-        update_ema(ema, vae, args.ema, step)
+        update_ema(ema, vae, args.ema, step)  # its decay rises from 0: short runs do not remember their start
         run.audio += seconds * (per_early_step if step < early else per_step)
         if run.evaluating:
             run.score(evaluate, ema, reader if step < early else None, data, clips, mel, args.out / "samples", step + 1)

@@ -93,8 +93,8 @@ def samples(run: Path) -> str:
         some = [*paths[: -1 : max(1, len(paths) // 6)], paths[-1]]
         players = []
         for path in some:
-            caption = path.stem.split("_")[1]
-            players.append(f"<figure>{player(*sf.read(path, dtype='float32'))}<figcaption>{caption}</figcaption></figure>")
+            caption = f"<figcaption>{path.stem.split('_')[1]}</figcaption>"
+            players.append(f"<figure>{player(*sf.read(path, dtype='float32'))}{caption}</figure>")
         parts.append(f'<div class="row">{"".join(players)}</div>')
     return "".join(parts)
 
@@ -145,7 +145,8 @@ def read_scores(path: Path) -> list[dict]:
     records = []
     for row in rows:
         scores = {name: float(value) for name, value in row.items() if name in COLUMNS and value}
-        records.append(row | scores)
+        texts = {name: value for name, value in row.items() if name not in COLUMNS}
+        records.append(texts | scores)  # without the columns that a system lacks
     return records
 
 

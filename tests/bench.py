@@ -1,9 +1,9 @@
-"""How fast it is, on whatever machine this runs: python tests/bench.py [decoder vae dit data ssl start recipe sampling demo schedule online curves]
+"""How fast it is, on whatever machine this runs: python tests/bench.py [decoder vae dit data ssl start recipe sampling demo schedule curves]
 
 `python tests/bench.py gpu` is the first ten minutes on a new card: the paper's recipe for 20 steps, then speed, start-up and sampling.
 
 Not a test: pytest does not collect it. Every measurement runs in a process of its own, on noise, with the paper's networks
-(`demo`, `schedule`, `online` and `curves`: with the demo's). Forms that are compared take turns, call by call or step by step, since the
+(`demo`, `schedule` and `curves`: with the demo's). Forms that are compared take turns, call by call or step by step, since the
 speed of a shared machine wanders. Seconds depend on the machine, whose name is printed; ratios are what to compare.
 """
 
@@ -190,7 +190,7 @@ def vae(form: str, work: Path) -> dict:
              "--device", DEVICE.type, "--eval-every", 10**6, "--eval-clips", 1]  # fmt: skip
     flags = [str(f) for f in flags]
     train = lambda: plain.train(flags, DEVICE) if form == "plain" else train_vae.main([*flags, "--compile" if form == "compiled" else "--no-compile"])
-    seconds = seconds_of_a_step(train_vae, train, steps) / crops
+    seconds = seconds_of_a_step(plain if form == "plain" else train_vae, train, steps) / crops
     return dict(seconds=seconds, memory=peak_memory(), share=75.5e12 / 192 * crop / seconds / matrix_rate(DEVICE, torch.bfloat16 if GPU else torch.float32, 20))
 
 
@@ -216,11 +216,13 @@ def data(form: str, work: Path) -> dict:
     vae_rate = sum(len(b["wave"]) * 3 for b in loader) / (time.perf_counter() - start)
     examples = train_tts.Utterances(stored, "train", 120, 1, 0)
     start, frames = time.perf_counter(), 0
-    for keys in train_tts.MicroBatches(examples, 0, 20, 120, 0, 1):
-        frames += train_tts.collate([examples[k] for k in keys])[5].sum().item()
+    for keys in train_tts.MicroBatches(examples, range(20), 120, 0, 1):
+        frames += train_tts.collate([examples[k] for k in keys])["lengths"].sum().item()
     dit_rate = frames / 40 / (time.perf_counter() - start)
     corpus = train_tts.Utterances(Data(noise_data(work / "corpus", 20, silent=True), ("latents",)), "train", 3240, 1, 0)
-    return dict(vae_rate=vae_rate, dit_rate=dit_rate, padding=train_tts.MicroBatches(corpus, 0, 40, 450, 0, 1).padding(40))
+    lengths = [[corpus.length(run) for _, run in part] for part in train_tts.MicroBatches(corpus, range(40), 450, 0, 1)]
+    padded = sum(len(part) * max(part) for part in lengths)
+    return dict(vae_rate=vae_rate, dit_rate=dit_rate, padding=1 - sum(map(sum, lengths)) / padded)
 
 
 def ssl(form: str, work: Path) -> dict:
@@ -303,23 +305,6 @@ def schedule(form: str, work: Path) -> dict:
     return {name: statistics.mean(values) for name, values in errors.items()}
 
 
-@torch.no_grad()
-def online(form: str, work: Path) -> dict:
-    """How far the demo teacher's features of a crop of 0.6 s with its context (--ssl-online) are from those of the whole utterance:
-    RMS relative to the features' RMS, by seconds of context on either side."""
-    prepare.main(["--out", str(work / "online")])
-    stored, teacher, distance = Data(work / "online", ("audio", "ssl")), prepare.SSLModel(str(DEMO / "ssl"), device=DEVICE), {}
-    crops = lambda context=None: train_vae.Crops(stored, VAEConfig(), 0.6, 0, stored.meta["ssl"], context)
-    apart = crops()
-    whole = torch.stack([apart[k]["ssl"] for k in range(64)])
-    for context in (0.0, 0.25, 0.5, 1.0, 2.0):
-        around = crops(context)
-        batches = [torch.utils.data.default_collate([around[k] for k in range(a, a + 16)]) for a in range(0, 64, 16)]
-        heard = torch.cat([train_vae.listen(teacher, batch, around.features) for batch in batches])
-        distance[f"context_{context}"] = relative_rms(heard.float().cpu(), whole)
-    return distance
-
-
 def curves(form: str, work: Path) -> dict:
     """200 steps of the demo's VAE with discriminators from one seed, plain and fast: mean losses of 50 steps each."""
     prepare.main(["--out", str(work / "demo")])
@@ -366,7 +351,7 @@ def recipe(form: str, work: Path) -> dict:
 
 FORMS = dict(decoder=["plain", "eager", "compiled"], vae=["plain", "compiled"], dit=["eager", "compiled"], data=[""], ssl=[""],
              start=["vae", "dit", "dit eager"], recipe=["vae", "tts"],
-             sampling=["1x32", "1x7", "32x32", "32x7"] if GPU else ["1x7"], demo=[""], schedule=[""], online=[""], curves=[""])  # fmt: skip
+             sampling=["1x32", "1x7", "32x32", "32x7"] if GPU else ["1x7"], demo=[""], schedule=[""], curves=[""])  # fmt: skip
 
 
 def take_turns(what: str, folder: str) -> dict[str, dict]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import train_vae
-from model import AntiAliasedSnake, MelDistance, SemanticVAE, VAEConfig, lowpass
+from model import AntiAliasedSnake, MelDistance, SemanticVAE, VAEConfig, alignment_loss, kl_loss, lowpass
 from prepare import Data, update_ema
 
 
@@ -54,15 +54,15 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
             group["lr"] = rate
         optimizer.param_groups[1]["lr"] = rate * args.encoder_lr
         batch = {k: v.to(device) for k, v in next(loader).items()}
-        fake, losses = vae(batch["wave"], batch["noise"], batch["features"], batch["valid"])
-        losses["mel"] = mel(fake, batch["wave"])
+        fake, z, mean, logvar, aligned = vae(batch["wave"], batch["noise"], batch["features"])
+        losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=alignment_loss(*aligned, batch["valid"]))
         if step >= args.adv_start:
             losses["disc"] = train_vae.discriminator_loss(discriminators(fake.detach()), discriminators(batch["wave"]))
             optimizer_d.zero_grad()
             losses["disc"].backward()
             torch.nn.utils.clip_grad_norm_(discriminators.parameters(), train_vae.CLIP)
             optimizer_d.step()
-            losses |= train_vae.generator_losses(discriminators(fake), discriminators(batch["wave"]))
+            losses["adv"], losses["feature"] = train_vae.generator_losses(discriminators(fake), discriminators(batch["wave"]))
         weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
         loss = sum(weights[k] * v for k, v in losses.items() if k in weights)
         optimizer.zero_grad()

@@ -8,8 +8,8 @@ import torch
 import torchaudio
 
 import plain
-from model import (PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, DurationPredictor, InputError, SemanticVAE, UpwardAlignmentHead, VAEConfig, alignment_loss, at_rate,
-                   duration_loss, fold_weight_norm, kl_loss, lowpass, sample, text_index, time_steps)  # fmt: skip
+from model import (PRESETS, AlignmentHead, AntiAliasedSnake, DiT, DiTConfig, DurationPredictor, InputError, SemanticVAE, UpwardAlignmentHead, VAEConfig, alignment_loss,
+                   duration_loss, fold_weight_norm, lowpass, sample, text_index, time_steps)  # fmt: skip
 
 TINY_VAE = VAEConfig(encoder_dim=4, latent_dim=8, decoder_dim=64, resblock_kernels=(3,), ssl_dim=12)
 TINY_DIT = DiTConfig(latent_dim=8, width=64, depth=2, heads=2, text_dim=16, text_layers=1)
@@ -55,16 +55,14 @@ def test_output_is_as_long_as_input_for_every_remainder_of_the_hop():
 def test_documented_shapes():
     vae = build(SemanticVAE, TINY_VAE)
     wave, noise, features = torch.randn(2, 1600), torch.randn(2, 4, 8), torch.randn(2, 5, 12)
-    valid = torch.tensor([[True] * 4, [True] * 3 + [False]])
-    again, losses = vae(wave, noise, features, valid)
-    z, same = vae.sample_posterior(wave, noise, features, valid)
-    mean, logvar = vae.encode(wave)
-    assert again.shape == wave.shape and z.shape == mean.shape == logvar.shape == (2, 4, 8)
+    again, z, mean, logvar, (aligned, target) = vae(wave, noise, features)
+    assert again.shape == wave.shape and aligned is z and z.shape == mean.shape == logvar.shape == target.shape == (2, 4, 8)
     assert again.dtype == mean.dtype == torch.float32 and again.abs().max() <= 1
+    assert all(map(torch.equal, vae.encode(wave), (mean, logvar)))
     assert torch.equal(z, mean + noise * (0.5 * logvar).exp()) and torch.equal(again, vae.decode(z, 1600))
-    assert set(losses) == set(same) == {"kl", "align"} and all(value.shape == () for value in losses.values())
-    assert losses["kl"] == kl_loss(mean, logvar) and losses["align"] == alignment_loss(z, vae.projectors.project(features, 4), valid)
-    assert set(vae(wave, noise)[1]) == {"kl"}  # without features
+    valid = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    assert torch.equal(vae.projectors.loss(z, (z, target), valid), alignment_loss(z, target, valid))
+    assert vae(wave, noise)[-1] is None  # without features
 
 
 @torch.no_grad()
@@ -104,7 +102,7 @@ def test_stencil_activation_equals_the_convolution_form():
 def test_alignment_reaches_encoder_and_head_but_not_padding():
     z, head, features = torch.randn(2, 6, 8, requires_grad=True), AlignmentHead(12, 8), torch.randn(2, 8, 12)
     valid = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
-    head(z, features, valid).backward()
+    head.loss(z, head(z, features), valid).backward()
     assert z.grad[0].abs().min() > 0 and not z.grad[1, 2:].any() and z.grad[1, :2].any()
     assert all(p.grad is not None and p.grad.any() for p in head.parameters())
 
@@ -114,15 +112,15 @@ def test_alignment_upward_is_its_equation():
     torch.manual_seed(0)
     z, head, features = torch.randn(2, 5, 4, requires_grad=True), UpwardAlignmentHead(6, 4), torch.randn(2, 5, 6)
     valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    projected = z @ head.model.weight.T
-    assert torch.equal(at_rate(features, 5), features)
+    projected, target = head(z, features)
+    assert torch.equal(target, features) and torch.equal(projected, z @ head.model.weight.T)
     cosine = lambda a, b: ((a @ b) / (a.norm() * b.norm())).item()
     utterances = []
     for b, n in ((0, 5), (1, 3)):
         frames = [max(0, 1 - 0.5 - cosine(projected[b, i], features[b, i])) for i in range(n)]
         pairs = [max(0, abs(cosine(z[b, i], z[b, j]) - cosine(features[b, i], features[b, j])) - 0.25) for i in range(n) for j in range(n)]
         utterances.append(sum(frames) / len(frames) + sum(pairs) / len(pairs))
-    loss = head(z, features, valid)
+    loss = head.loss(z, (projected, target), valid)
     assert loss.item() == pytest.approx(sum(utterances) / 2, abs=1e-6)  # an utterance's share does not depend on its batch
     loss.backward()
     assert z.grad[0].any() and not z.grad[1, 3:].any() and head.model.weight.grad.any()
@@ -333,6 +331,5 @@ def test_mel_frames_in_place_of_latents():
         frames = -(-5000 // hop)
         expected = transform(torch.nn.functional.pad(wave, (0, frames * hop - 5000))).clamp(min=1e-5).log()[..., :frames].mT
         assert mean.shape == (2, frames, bands) and (mean - expected).abs().max() < 1e-4
-        noise = torch.randn_like(mean)
-        (z, losses), (again, _) = vae.sample_posterior(wave, noise), vae(wave, noise)
-        assert torch.equal(z, mean) and not losses and again.shape == wave.shape and {n.split(".")[0] for n, _ in vae.named_parameters()} == {"decoder"}
+        again, z, *_ = vae(wave, torch.randn_like(mean))
+        assert torch.equal(z, mean) and again.shape == wave.shape and {n.split(".")[0] for n, _ in vae.named_parameters()} == {"decoder"}

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-import torchaudio
 from conftest import RATE, TTS_FLAGS, VAE_FLAGS, tiny_ssl, tone, torchrun, write_corpus
 
 import prepare
@@ -20,7 +19,7 @@ import train_vae
 from model import SemanticVAE
 from prepare import Data, frame_count, normalize_text, read_audio
 
-UNKNOWN = "Format not recognised. (wav, flac, ogg, opus and mp3 can be read; others after ffmpeg -i FILE FILE.wav)"
+UNKNOWN = "Format not recognised. (ffmpeg -i FILE FILE.wav converts what is not wav, flac, ogg, opus or mp3)"
 ARRAYS = ("index.tsv", "audio.bin", "ssl.bin", "starts.bin", "unaligned.tsv")
 
 
@@ -127,16 +126,17 @@ def test_several_manifests_one_with_a_byte_order_mark_and_crlf(tmp_path):
 def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, world, monkeypatch):
     """Stop after every chunk of every pass in turn, and go on: nothing is done twice, nothing is lost."""
     ssl = str(world.ssl)
-    args = [str(world.corpus), "--ssl", ssl, "--aligner", ssl, "--text", "plain", "--chunk", "2", "--out"]
+    args = [str(world.corpus), "--ssl", ssl, "--aligner", ssl, "--text", "plain", "--out"]
+    monkeypatch.setattr(prepare, "CHUNK", 2)
     prepare.main([*args, str(tmp_path / "straight")])
-    real, runs = prepare.write_atomic, 0
+    real, runs = prepare.write_text, 0
 
-    def dies_after_a_chunk(path, write):
-        real(path, write)
+    def dies_after_a_chunk(path, text):
+        real(path, text)
         if path.parent.name == prepare.WORK and path.suffix == "":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "write_atomic", dies_after_a_chunk)
+    monkeypatch.setattr(prepare, "write_text", dies_after_a_chunk)
     while True:
         try:
             prepare.main([*args, str(tmp_path / "out")])
@@ -152,8 +152,8 @@ def test_two_ranks_make_the_same_bytes(tmp_path, world):
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         models = ["--ssl", world.ssl, "--aligner", world.ssl, "--vae", world.vae]
-        args = [world.corpus, "--out", out, *models, "--text", "plain", "--chunk", "2"]
-        torchrun("prepare.py", *args, ranks=ranks, first="prepare.Aligner.WORST = -1e9")  # as in conftest.py
+        args = [world.corpus, "--out", out, *models, "--text", "plain"]
+        torchrun("prepare.py", *args, ranks=ranks, first="prepare.CHUNK = 2; prepare.Aligner.WORST = -1e9")  # as in conftest.py
     assert np.isfinite(np.fromfile(tmp_path / "2" / "starts.bin", "float32")).all()
     assert content(tmp_path / "1") == content(tmp_path / "2")
     assert next((tmp_path / "1").glob("latents-*")).read_bytes() == next((tmp_path / "2").glob("latents-*")).read_bytes()
@@ -219,39 +219,28 @@ def test_ssl_batches_equal_one_by_one(kind, tmp_path):
             ssl([np.zeros(31 * RATE, np.float32)])
 
 
-def test_other_teachers(world, tmp_path, fails):
-    """Several side by side, all layers of one, and the mel spectrogram in their place: what they give, and that stage 1 learns from them."""
-    waves = [tone(0.7, 0), tone(1.0, 1)]
-    other = tiny_ssl(tmp_path / "other", seed=5)
-    one, two = prepare.SSLModel(str(world.ssl)), prepare.SSLModel(str(other))
-    both = prepare.load_teacher(f"{world.ssl},{other}", -1, RATE, torch.device("cpu"))
-    assert both.width == one.width + two.width == both.facts()["dim"]
-    for found, a, b in zip(both(waves), one(waves), two(waves)):
-        assert torch.equal(found, torch.cat([a, b], dim=-1))
-    mix = prepare.load_teacher(str(world.ssl), "all", RATE, torch.device("cpu"))
-    layers = [prepare.SSLModel(str(world.ssl), layer)(waves[:1])[0] for layer in range(3)]
-    assert mix.facts() | dict(revision="") == dict(model=str(world.ssl), revision="", layer="all", layers=3, dim=96, rate="50")
-    assert torch.allclose(mix(waves[:1])[0], torch.cat(layers, dim=-1), atol=1e-6)
-    mel = prepare.load_teacher("mel", -1, RATE, torch.device("cpu"))
-    frames = mel(waves)
-    assert [tuple(f.shape) for f in frames] == [(prepare.frame_count(len(w), RATE, 50), 80) for w in waves]
-    window = np.hanning(1025)[:-1] * waves[1][320 * 20 - 512 : 320 * 20 + 512]  # frame 20 is centred on its sample
-    bank = torchaudio.functional.melscale_fbanks(513, 0, 8000, 80, RATE).T.numpy()
-    assert np.allclose(frames[1][20], np.log(np.maximum(bank @ np.abs(np.fft.rfft(window)), 1e-5)), atol=1e-3)
-    for name, flags in (("both", ["--ssl", f"{world.ssl},{other}"]), ("mix", ["--ssl", str(world.ssl), "--layer", "all"]), ("mel", ["--ssl", "mel"])):
-        prepare.main([str(world.corpus), "--out", str(tmp_path / name), "--text", "plain", *flags])
-        train_vae.main(["--data", str(tmp_path / name), "--out", str(tmp_path / f"vae-{name}"), *VAE_FLAGS, "--align", "down" if name == "both" else "up"])
-    prepare.main(["--out", str(tmp_path / "mix"), "--vae", str(tmp_path / "vae-mix")])  # knows its teacher and layers
-    assert Data(tmp_path / "mix", ("ssl", "latents"))
-    config = SemanticVAE.from_pretrained(tmp_path / "vae-mix").config
-    assert (config.ssl_dim, config.ssl_layers, config.align) == (32, 3, "up")
-    fails(prepare.main, [world.corpus, "--out", tmp_path / "x", "--ssl", f"{world.ssl},{other}", "--layer", "all"], "several teachers need one layer")
-    fails(prepare.main, [world.corpus, "--out", tmp_path / "y", "--ssl", world.ssl, "--sample-rate", "8000"], "hears 16000 Hz", "holds 8000 Hz")
-    fails(train_vae.main, ["--preset", "demo", "--data", tmp_path / "mix", "--out", tmp_path / "z", "--init", world.vae], "was aligned down with features of width 32")
+def test_another_layer_and_another_direction(world, tmp_path, fails):
+    """A hidden state of the teacher: what it gives, that stage 1 learns from it either way, and that what fits neither data nor teacher is refused."""
+    prepare.main([str(world.corpus), "--out", str(tmp_path / "data"), "--text", "plain", "--ssl", str(world.ssl), "--layer", "1"])
+    data = Data(tmp_path / "data", ("audio", "ssl"))
+    assert data.meta["ssl"] | dict(revision="", shape=0) == dict(model=str(world.ssl), revision="", layer=1, dim=32, rate="50", shape=0, dtype="float16")
+    (features,) = prepare.SSLModel(str(world.ssl), 1)([data.get("audio", 2).numpy()])
+    stored = data.get("ssl", 2)
+    assert len(stored) == frame_count(data.samples[2], RATE, 50) and torch.allclose(stored[: len(features)], features, atol=5e-3)
+    assert torch.equal(stored[len(features) :], stored[len(features) - 1 : -1])  # the last one again
+    train_vae.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "vae"), *VAE_FLAGS, "--align", "up"])
+    prepare.main(["--out", str(tmp_path / "data"), "--vae", str(tmp_path / "vae")])  # knows its teacher and layer
+    assert Data(tmp_path / "data", ("ssl", "latents"))
+    config = SemanticVAE.from_pretrained(tmp_path / "vae").config
+    assert (config.ssl_dim, config.align) == (32, "up")
+    fails(prepare.main, [world.corpus, "--out", tmp_path / "y", "--ssl", world.ssl, "--sample-rate", "8000"], "hears 16000 Hz", "holds 8000 Hz", "--sample-rate 16000")
+    init = ["--preset", "demo", "--data", tmp_path / "data", "--out", tmp_path / "z", "--init", world.vae, "--align", "up"]
+    fails(train_vae.main, init, "was aligned down with features of width 32", "gives width 32 and --align is up")
 
 
 def test_download_reports_what_cannot_be_fetched(tmp_path, fails, monkeypatch):
-    fails(prepare.main, ["--download", "train-clean-7", "--download-to", tmp_path, "--out", tmp_path / "out", "--ssl", "none"], "cannot download train-clean-7")
+    monkeypatch.chdir(tmp_path)
+    fails(prepare.main, ["--download", "train-clean-7", "--out", tmp_path / "out", "--ssl", "none"], "cannot download train-clean-7")
     fails(prepare.main, [tmp_path, "--out", tmp_path / "out"], "name the teacher with --ssl")
 
     asked = []
@@ -285,7 +274,7 @@ def aligner(tmp_path, monkeypatch):
     """One with a public English alphabet: upper case, | between words, no punctuation; with the threshold of use."""
     monkeypatch.setattr(prepare.Aligner, "WORST", -2.5)
     folder = tiny_ssl(tmp_path / "upper", letters=string.ascii_uppercase)
-    aligner = prepare.Aligner(str(folder), torch.device("cpu"))
+    aligner = prepare.Aligner(str(folder), RATE, torch.device("cpu"))
     assert [aligner.symbol(c) for c in "nN '|é,1<"] == [17, 17, 2, 3, 2, None, None, None, None] and aligner.blank == 0
     return aligner
 

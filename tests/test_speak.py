@@ -1,4 +1,4 @@
-"""sample.py and evaluate.py: the prompt's check, lengths, lists, scores, signature, bad input; and the README's commands."""
+"""sample.py, evaluate.py and demo/report.py: the prompt's check, lengths, lists, scores, signature, bad input; and the README's commands."""
 
 import base64
 import importlib.util
@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import jiwer
@@ -16,15 +17,16 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-import torchaudio
 from conftest import RATE, ROOT, TTS_FLAGS, VAE_FLAGS, tone, torchrun
 from test_golden import case
 from test_public import write_hub
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+sys.path.append(str(ROOT / "demo"))
 import evaluate
 import prepare
+import report
 import sample
 import train_tts
 import train_vae
@@ -176,16 +178,10 @@ def test_error_rates_are_pooled():
     assert error_rates(["a b c d"], ["a x c"]) == {"cer": pytest.approx(3 / 7), "wer": 0.5}
 
 
-def test_intervals_and_si_sdr():
+def test_intervals():
     values = np.random.default_rng(0).normal(5, 2, 400).tolist()
     low, high = evaluate.interval(values)
     assert low < np.mean(values) < high and high - low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.1) and evaluate.interval([3.0] * 9) == (3, 3)
-    wave, noise = (torch.from_numpy(tone(1, seed)) for seed in (0, 1))
-    wave = wave - wave.mean()
-    noise = noise - noise.mean()
-    noise = noise - (noise @ wave) / (wave @ wave) * wave  # orthogonal
-    noise = noise * (wave.norm() / noise.norm() / 10)
-    assert evaluate.si_sdr(3 * (wave + noise) + 1, wave) == pytest.approx(20, abs=1e-3)  # 20 dB, whatever the scale and offset
 
 
 # -------------------------------------------------------------------------------------------------- the scripts
@@ -224,7 +220,7 @@ def test_an_aligned_dit_speaks_as_long_as_its_durations_say(world, tmp_path):
         words = ["--ref-text", prompt_text, "--text", text]
         return say(world, tmp_path / "a.wav", "--tts", tmp_path / "tts", *words, *more)
 
-    waves = [said(), said(), said("--speed", "0.7"), said("--duration", "0.8"), said("--cfg-until", "0.2")]
+    waves = [said(), said(), said("--speed", "0.7"), said("--duration", "0.8"), said("--cfg", "0")]
     assert [len(w) // 400 for w in waves] == [int(expected), int(expected), int(expected / 0.7), 32, int(expected)]
     assert np.array_equal(waves[0], waves[1]) and not np.array_equal(waves[0], waves[4])
     total, starts = plan(dit, frames, Request(wave, prompt_text, text))
@@ -258,7 +254,7 @@ def test_what_one_gets_does_not_depend_on_its_batch(world):
 
 def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fails):
     out = tmp_path / "generated"
-    args = ["--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--out", str(out), "--steps", "2"]
+    args = ["--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--out", str(out), "--steps", "2", "--batch-size", "1"]  # alone: the same bytes on every CPU
     sample.main(args)
     waves = {p.name: p.read_bytes() for p in out.glob("*.wav")}
     assert sorted(waves) == ["2.wav", "3.wav", "4.wav"]
@@ -269,11 +265,11 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
     evaluate.main([str(a) for a in score])
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()[:5]] == ["system", "original", "reconstruction", "synthesis", "signature:"]
-    assert all(heading in table for heading in ("WER %", "corpus WER %", "Whisper-norm. WER %", "SIM", "mel", "STFT", "SI-SDR dB"))
+    assert all(heading in table for heading in ("WER %", "corpus WER %", "Whisper-norm. WER %", "SIM", "mel", "STFT"))
     for word in ("n=3", "asr=ssl@sha256:", f"tts={prepare.revision(world.tts)}", "sim=sv@sha256:", "normalizer=seed-tts-eval", "seed=0", "steps=2", "cfg=3", "vae="):
         assert word in table
     lines = (tmp_path / "scores.csv").read_text().splitlines()
-    assert len(lines) == 1 + 3 * 3 and lines[0] == "system,utterance,wer,cer,wer_whisper,sim,mel,stft,si_sdr,stoi,pesq,reference,hypothesis"
+    assert len(lines) == 1 + 3 * 3 and lines[0] == "system,utterance,wer,cer,wer_whisper,sim,mel,stft,reference,hypothesis"
     row = dict(zip(lines[0].split(","), lines[1].split(",")))
     whisper = EnglishTextNormalizer({})
     assert float(row["wer_whisper"]) == pytest.approx(jiwer.wer(whisper(row["reference"]), whisper(row["hypothesis"])))
@@ -281,13 +277,13 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
     torch.manual_seed(0)
     DiT(DiT.from_pretrained(world.tts).config).save_pretrained(tmp_path / "other", vae=str(world.vae))
     fails(sample.main, ["--tts", tmp_path / "other", *args[2:]], "was made with other settings")
-    fails(sample.main, [*args, "--cfg-until", "0.5"], "was made with other settings")
+    fails(sample.main, [*args, "--sway", "0"], "was made with other settings", "sway: -1, now 0.0")
 
 
-def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch, capsys):
+def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch):
     """Stopped at the fourth record, and that one half written: the second run makes what is missing, and ends with the same bytes."""
     args = ["--list", world.corpus / "test.lst", "--reconstruct", world.vae, "--asr", world.ssl, "--sim", world.sv, "--out"]
-    run = lambda out, *more: evaluate.main([str(a) for a in [*args, tmp_path / out, *more]])
+    run = lambda out: evaluate.main([str(a) for a in [*args, tmp_path / out]])
     run("straight.csv")
     score, calls = evaluate.score, []
 
@@ -305,20 +301,20 @@ def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch, capsys):
     run("again.csv")
     assert len(calls) == 4 + 3 and not (tmp_path / "again.csv.work").exists()
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "straight.csv").read_bytes()
-    capsys.readouterr()
-    run("dry.csv", "--dry-run")
-    sample.main(["--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--out", str(tmp_path / "dry"), "--dry-run"])
-    out = capsys.readouterr().out
-    assert "3 utterances for original, reconstruction; every file is there" in out and "3 lines, 3 to be said; every prompt is there" in out
-    assert len(calls) == 7 and not list(tmp_path.glob("dry*"))
 
 
-def test_report_is_one_page_with_everything_inside(world, tmp_path, monkeypatch, capsys):
+def test_report_is_one_page_with_everything_inside(world, tmp_path, monkeypatch, capsys, fails):
     """Every player holds a recording, nothing is fetched from anywhere, and without matplotlib one line says what is missing."""
-    generated = tmp_path / "said"
+    generated, table = tmp_path / "said", ["--list", world.corpus / "test.lst", "--generated", tmp_path / "said", "--reconstruct", world.vae]
     sample.main(["--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--out", str(generated), "--steps", "1"])
-    args = ["--list", world.corpus / "test.lst", "--generated", generated, "--reconstruct", world.vae, "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv",
-            "--report", tmp_path / "report", "--runs", world.vae, world.tts]  # fmt: skip
+    page_of = [*table, "--scores", tmp_path / "s.csv", "--asr", world.ssl, "--runs", world.vae, world.tts, "--out", tmp_path / "report"]
+    fails(report.main, page_of, "no scores in", "s.csv", "run python evaluate.py first")
+    evaluate.main([str(a) for a in (*table, "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv")])
+    printed = capsys.readouterr().out.splitlines()[:4]
+    fails(report.main, [*page_of, "--runs", world.data], "is no run folder (no log.csv)")
+    fails(report.main, [*page_of, "--compare", tmp_path / "none"], "no folder", "none")
+    fails(report.main, [*page_of, "--clips", "-1"], "argument --clips: must be at least 0, found -1")
+    assert not (tmp_path / "report").exists()
 
     class Figure:
         def __init__(self, size, layout):
@@ -329,30 +325,16 @@ def test_report_is_one_page_with_everything_inside(world, tmp_path, monkeypatch,
 
     for module, pictures in ((None, False), (MagicMock(Figure=Figure), True)):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
-        evaluate.main([str(a) for a in args])
+        report.main([str(a) for a in page_of])
         page, said = (tmp_path / "report" / "index.html").read_text(), capsys.readouterr().out
         assert ("matplotlib is not installed" in said) is not pictures and page.count("<img") >= 20 * pictures
         sources = re.findall(r'src="([^"]*)"', page)
         assert all(source.startswith("data:") for source in sources) and "http" not in page
         recordings = [base64.b64decode(s.split(",")[1]) for s in sources if s.startswith("data:audio/wav")]
         assert len(recordings) >= 3 * 4 + 4 and all(sf.info(io.BytesIO(r)).frames > 0 for r in recordings)
-        assert "by the river" in page and "signature: n=3" in page and "<th>Whisper-norm. WER %</th>" in page
-
-
-def test_squim(world, tmp_path, monkeypatch, capsys, fails):
-    args = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--squim", "--limit", 1]
-
-    def missing():
-        raise OSError("no route to host")
-
-    bundle = type(torchaudio.pipelines.SQUIM_OBJECTIVE)
-    monkeypatch.setattr(bundle, "get_model", lambda self: missing())
-    fails(evaluate.main, args, "cannot fetch the model", "no route to host")
-    torch.manual_seed(0)
-    monkeypatch.setattr(bundle, "get_model", lambda self: torchaudio.models.squim_objective_base())
-    evaluate.main([str(a) for a in args])
-    table = capsys.readouterr().out
-    assert "STOI est." in table and "PESQ est." in table
+        assert "by the river" in page and "<th>Whisper-norm. WER %</th>" in page
+        cells = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+        assert ["".join("".join(row).split()) for row in cells] == ["".join(line.split()) for line in printed]  # evaluate.py's table
 
 
 def test_two_ranks_sample_and_score_the_same(world, tmp_path):
@@ -400,7 +382,6 @@ def test_bad_input(world, tmp_path, fails):
     fails(evaluate.main, [*score, world.corpus / "test.lst", "--audio", tmp_path], "no recording audio/0.wav")
     fails(evaluate.main, [*score, world.corpus / "test.lst", "--no-original"], "nothing to score")
     fails(evaluate.main, [*score, world.corpus / "test.lst", "--limit", 0], "--limit: must be at least 1, found 0")
-    fails(evaluate.main, [*score, world.corpus / "test.lst", "--compare", tmp_path / "none", "--report", tmp_path], "no folder")
     (tmp_path / "bad.lst").write_text(f"{tmp_path}/no.wav\t1\ta\t{tmp_path}/no.wav\t1\tb\n")
     fails(evaluate.main, [*score, tmp_path / "bad.lst"], "no recording", "no.wav")
     (tmp_path / "bad.lst").write_text((world.corpus / "test.lst").read_text().replace("by the river", "..."))
@@ -433,13 +414,39 @@ def readme_commands():
     return [command.strip() for block in blocks for line in block.splitlines() for command in line.split("&&")]
 
 
+def readme_rows():
+    """The commands of the other rows of the paper's table: the recipe's six, with the values of the README's table; and F5-TTS's."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|") and "`--preset" in line]
+    wanted = ("python prepare.py --download train-clean-100,", "--out runs/vae-libritts", "--vae runs/vae-libritts", "--out runs/tts-libritts", "--tts runs/tts-libritts", "--reconstruct runs/vae-libritts")
+    recipe = [next(command for command in readme_commands() if words in command) for words in wanted]
+    (_, data, ssl, vae, preset, _, tts), *others = table
+    commands = []
+    for row, *values in others:
+        if values[0] == "the same":
+            values[:2] = data, ssl
+        name = dict(vanilla="-vanilla", mel="-mel").get(row, "-16")
+        stand_ins = {f"data/{data}": f"data/{values[0]}", ssl: values[1], f"runs/{vae}": f"runs/{values[2]}", preset: values[3], f"runs/{tts}": f"runs/{values[5]}", "runs/librispeech-pc": f"runs/librispeech-pc{name}"}
+        for command in recipe:
+            for ours, theirs in stand_ins.items():
+                command = re.sub(re.escape(ours) + r"(?=$|[ .])", theirs, command)
+            commands.append(f"{command} {values[4]}" if "train_vae.py" in command else command)
+    stand_ins = {"runs/tts-libritts": "SWivid/F5-TTS/F5TTS_v1_Base", "runs/vae-libritts": "charactr/vocos-mel-24khz", "runs/librispeech-pc": "runs/librispeech-pc-f5"}
+    for command in recipe[4:]:
+        for ours, theirs in stand_ins.items():
+            command = command.replace(ours, theirs)
+        commands.append(command)
+    return commands
+
+
 def test_every_readme_link_leads_somewhere():
-    """Links and file names of both READMEs that point into the repository."""
-    for page in (ROOT / "README.md", ROOT / "demo" / "README.md"):
+    """Links and file names of the READMEs that point into the repository."""
+    for page in (ROOT / "README.md", ROOT / "demo" / "README.md", ROOT / "tests" / "README.md"):
         text = page.read_text(encoding="utf-8")
-        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-        assert links and all((page.parent / link).exists() for link in links), links
-    named = re.findall(r"`((?:tests/|demo/)?\w+\.(?:py|md|txt))`", (ROOT / "README.md").read_text(encoding="utf-8"))
+        links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if not link.startswith("http")]
+        assert all((page.parent / link).exists() for link in links), links
+        assert links or page.parent.name == "tests"
+    named = [name for page in ("README.md", "tests/README.md") for name in re.findall(r"`((?:tests/|demo/)?\w+\.(?:py|md|txt))`", (ROOT / page).read_text(encoding="utf-8"))]
     assert len(named) > 10 and all((ROOT / name).exists() or (ROOT / "tests" / name).exists() for name in named)
 
 
@@ -463,8 +470,9 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
     write_hub(tmp_path / "hub", monkeypatch)
     shutil.copytree(world.corpus, tmp_path / "mine")
     torch.save({"model": case("sim")[3]}, tmp_path / "wavlm_large_finetune.pth")
-    monkeypatch.setattr(prepare, "download", lambda subsets, root: [root / "LibriTTS" / s for s in subsets.split(",") if (root / "LibriTTS" / s).exists()])
-    for module in (prepare, sample, evaluate, train_tts):  # the demo's corpus, small
+    root = Path("downloads")
+    monkeypatch.setattr(prepare, "download", lambda subsets: [root / "LibriTTS" / s for s in subsets.split(",") if (root / "LibriTTS" / s).exists()])
+    for module in (prepare, sample, evaluate, train_tts, report):  # the demo's corpus, small
         monkeypatch.setattr(module, "DEMO", tmp_path / "demo")
     for name in ("corpus", "ssl", "sv", "vae", "tts"):
         shutil.copytree(getattr(world, name), tmp_path / "demo" / name)
@@ -472,10 +480,10 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
               "train_vae.py --preset f5-mel": "train_vae.py --preset demo --mel --latent-dim 20", "train_tts.py --preset f5-mel": "train_tts.py --preset demo --text-place left",
               "train_tts.py --preset paper": "train_tts.py --preset demo --text-place left", "--preset f5-mel": "--preset demo", "--preset paper": "--preset demo",
               "--preset small": "--preset demo", "facebook/wav2vec2-base-960h": world.ssl}  # fmt: skip
-    tiny = {"train_vae.py": VAE_FLAGS, "train_tts.py": TTS_FLAGS, "sample.py": ["--steps", "2"], "prepare.py": [], "evaluate.py": []}
-    mains = {"train_vae.py": train_vae.main, "train_tts.py": train_tts.main, "sample.py": sample.main, "prepare.py": prepare.main, "evaluate.py": evaluate.main}
+    tiny = {"train_vae.py": VAE_FLAGS, "train_tts.py": TTS_FLAGS, "sample.py": ["--steps", "2"], "prepare.py": [], "evaluate.py": [], "demo/report.py": []}
+    mains = {"train_vae.py": train_vae.main, "train_tts.py": train_tts.main, "sample.py": sample.main, "prepare.py": prepare.main, "evaluate.py": evaluate.main, "demo/report.py": report.main}
     done, f5_tts = [], []
-    for command in readme_commands():
+    for command in [*readme_commands(), *readme_rows()]:
         for name, stand_in in models.items():
             command = command.replace(name, str(stand_in))
         words = shlex.split(command)
@@ -492,14 +500,14 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
         mains[script](args if "--resume" in args else [*args, *tiny[script]])
         done.append(script)
     assert set(done) == set(mains) and len(done) >= 10
-    rows = ["librispeech-pc", "librispeech-pc-vanilla", "librispeech-pc-mel"]  # the paper's table, from data to scores
+    rows = ["librispeech-pc", "librispeech-pc-vanilla", "librispeech-pc-16", "librispeech-pc-mel"]  # the paper's table, from data to scores
     assert len(f5_tts) == 3  # speaks; says the list; is scored
     if importlib.util.find_spec("vocos"):
         assert sf.info(tmp_path / "real.wav").samplerate == 24000
         rows.append("librispeech-pc-f5")
     for row in rows:
         assert len((tmp_path / "runs" / f"{row}.csv").read_text().splitlines()) == 1 + 3 * 3
-    settings = lambda run: {k: v for k, v in json.loads((tmp_path / "runs" / run / "args.json").read_text()).items() if k != "facts"}
+    settings = lambda run: {k: v for k, v in json.loads((tmp_path / "runs" / run / "args.json").read_text()).items() if k not in ("facts", "learns_from")}
     differing = lambda a, b: {k for k, _ in set(settings(a).items()) ^ set(settings(b).items())}
     assert differing("vae-libritts", "vae-vanilla") == {"out", "align_weight"} and differing("tts-libritts", "tts-vanilla") == {"out"}
     assert (tmp_path / "sample.wav").exists() and json.loads((tmp_path / "runs" / "tts" / "config.json").read_text())["model"] == "DiT"

@@ -68,7 +68,8 @@ def wait(pid: int, log: Path) -> None:
 
 
 def without_seconds(folder: Path) -> list:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(folder / "log.csv", encoding="utf-8"))]
+    wall = ("seconds", "audio", "memory", "mfu")  # differ from run to run
+    return [{k: v for k, v in row.items() if k not in wall} for row in csv.DictReader(open(folder / "log.csv", encoding="utf-8"))]
 
 
 def trained(kind):
@@ -106,6 +107,7 @@ def scores_are_whole(out: Path, final: Path) -> None:
 def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
     """`kills` kills of each command; how many things were lost."""
     log = root / "log"
+    prepare.CHUNK = 1  # the corpus is small
     wait(fork(lambda: World(root), log), log)
     world = World.__new__(World)  # its folders, made by the child: this process must start no threads before it forks
     for name in ("corpus", "ssl", "sv", "data", "vae", "tts"):
@@ -116,7 +118,7 @@ def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
     (root / "corpus" / "all.lst").write_text("\n".join(lines) + "\n")
     everything = ["--list", str(root / "corpus" / "all.lst")]
     commands = {  # name: script, flags, how --out is given, what must load after a kill, what must be equal at the end
-        "prepare": (prepare, [str(world.corpus), "--ssl", str(world.ssl), "--text", "plain", "--chunk", "1", "--vae", str(world.vae)], "", prepared_loads, prepared),
+        "prepare": (prepare, [str(world.corpus), "--ssl", str(world.ssl), "--text", "plain", "--vae", str(world.vae)], "", prepared_loads, prepared),
         "train_vae": (train_vae, ["--data", str(world.data), *long(VAE_FLAGS, **steps)], "", *trained(SemanticVAE)),
         "train_tts": (train_tts, ["--data", str(world.data), "--asr", "none", *long(TTS_FLAGS, **steps)], "", *trained(DiT)),
         "sample": (sample, ["--tts", str(world.tts), *everything, "--steps", "2", "--batch-size", "2"], "", waves_are_whole, lambda out: sorted((p.name, p.read_bytes()) for p in out.glob("*.wav"))),
@@ -239,7 +241,9 @@ def checkpoints(root: Path):
     vae = SemanticVAE(VAEConfig(encoder_dim=1, encoder_rates=(2,), latent_dim=2, decoder_dim=2, decoder_rates=(2,), decoder_kernels=(2,), resblock_kernels=(1,), ssl_dim=0))
     vae.save_pretrained(root / "vae")
     DiT(DiTConfig(latent_dim=2, width=16, depth=1, heads=1, text_dim=4, text_layers=1, vae_hash=vae.latents_hash())).save_pretrained(root / "dit")
-    torch.save(dict(step=3, means={}, model=torch.nn.Linear(2, 2).state_dict()), root / "state.pt")
+    weights = torch.nn.Linear(2, 2).state_dict()
+    torch.save(dict(step=3, kept={}, seconds=1.0, model=weights, ema=weights), root / "state.pt")
+    going_on = argparse.Namespace(out=root, resume=True, steps=9)
     files = {path: path.read_bytes() for path in (*root.glob("*/*"), root / "state.pt")}
 
     def read(rng):
@@ -247,7 +251,8 @@ def checkpoints(root: Path):
         path.write_bytes(damage(files[path], rng))
         try:
             if path.name == "state.pt":
-                train_vae.load_state(path, dict(model=torch.nn.Linear(2, 2)))
+                run = prepare.Run(going_on, 0, 1, torch.device("cpu"))
+                run.begin(torch.nn.Linear(2, 2), {}, dict(model=torch.nn.Linear(2, 2)), ["loss"], 0.0)
             elif path.parent.name == "dit":
                 sample.load(str(path.parent), str(root / "vae"), torch.device("cpu"))
             else:

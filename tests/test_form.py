@@ -1,0 +1,55 @@
+"""The form of the six scripts, which are to be read: narrow, in two halves, strict in what they load, and each leaning on few others."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ("model", "prepare", "train_vae", "train_tts", "sample", "evaluate")
+LEANS = {("sample", "evaluate"), ("train_tts", "sample"), ("train_tts", "evaluate")}  # beside all on model, and all but it on prepare
+
+
+def text(script: str) -> str:
+    return (ROOT / f"{script}.py").read_text(encoding="utf-8")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Modules that are imported at any level."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def named_lambdas(tree: ast.AST) -> list[int]:
+    """Lines in which a name is given to a lambda: x = lambda, x, y = lambda, ..., x: T = lambda, (x := lambda)."""
+    lines = []
+    for node in ast.walk(tree):
+        value = getattr(node, "value", None) if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) else None
+        values = value.elts if isinstance(value, (ast.Tuple, ast.List)) else [value]
+        if any(isinstance(v, ast.Lambda) for v in values):
+            lines.append(node.lineno)
+    return sorted(lines)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_has_its_form(script):
+    wide = [number for number, line in enumerate(text(script).split("\n"), 1) if len(line) > 120]
+    assert not wide, f"{script}.py has lines wider than 120 columns: {wide}"
+    assert text(script).count("# You can stop here.") == 1
+    assert "strict=False" not in text(script)
+    tree = ast.parse(text(script))
+    assert not named_lambdas(tree), f"{script}.py names lambdas in lines {named_lambdas(tree)}: def has a place for a docstring"
+    allowed = {"model", "prepare"} - {script} if script != "model" else set()
+    allowed |= {other for one, other in LEANS if one == script}
+    leans = imported(tree) & {*SCRIPTS}
+    assert leans <= allowed, f"{script}.py imports {sorted(leans - allowed)}"
+
+
+def test_what_is_looked_for_is_found():
+    """The walk sees what is nested, and lambdas that are arguments or values of a table are none of its business."""
+    tree = ast.parse("def f():\n    import sample.x\n    if 1:\n        g = lambda: 1\n    h = cache(lambda: 1)\n    t = {1: lambda: 1}\n    a, b = 1, lambda: 2\n")
+    assert imported(tree) == {"sample"} and named_lambdas(tree) == [4, 7]
