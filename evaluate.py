@@ -336,14 +336,15 @@ def find_audio(root: Path, name: str) -> Path:
 def hear(path: Path, rate: int = 16000) -> np.ndarray:
     """A recording [T] that holds something to score."""
     wave = read_audio(path, rate)
-    problems = {
-        "holds non-finite samples": not np.isfinite(wave).all(),
-        f"holds {len(wave) / rate:.3f} s": len(wave) < 0.32 * rate,
-        "is silent": not loudness(wave, rate)[1],
-    }
-    for what, found in problems.items():
-        if found:
-            raise InputError(f"{path} {what}, expected 0.32 s of speech or more: make it again, or drop it from --list")
+    what = ""
+    if not np.isfinite(wave).all():
+        what = "holds non-finite samples"
+    elif len(wave) < 0.32 * rate:
+        what = f"holds {len(wave) / rate:.3f} s"
+    elif not loudness(wave, rate)[1]:
+        what = "is silent"
+    if what:
+        raise InputError(f"{path} {what}, expected 0.32 s of speech or more: make it again, or drop it from --list")
     return wave
 
 

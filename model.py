@@ -180,8 +180,9 @@ class Encoder(nn.Module):
         super().__init__()
         blocks = [EncoderBlock(channels * 2**i, rate) for i, rate in enumerate(rates)]
         self.out_channels = channels * 2 ** len(rates)
+        first = conv(1, channels, 7, padding=3)
         last = conv(self.out_channels, self.out_channels, 3, padding=1)
-        self.block = nn.Sequential(conv(1, channels, 7, padding=3), *blocks, Snake(self.out_channels), last)
+        self.block = nn.Sequential(first, *blocks, Snake(self.out_channels), last)
 
     def forward(self, wave):  # [B, 1, T]
         return self.block(wave)  # [B, C, N]
@@ -426,7 +427,7 @@ class AlignmentHead(nn.Module):
     def forward(self, z, features):  # [B, N, latent], [B, S, ssl_dim]
         return z, self.model(at_rate(features, z.shape[1]).mT).mT.float()  # [B, N, latent] twice
 
-    def loss(self, z, aligned, valid=None):
+    def loss(self, z, aligned, valid):
         return alignment_loss(*aligned, valid)
 
 
@@ -1013,8 +1014,8 @@ def local_folder(name: str | Path) -> Path:
     parts = str(name).split("/")
     if len(parts) < 2 or str(name).startswith(LOCAL) or Path(parts[0]).exists():
         raise InputError(f"no folder {name} (expected a checkpoint folder, or a hub id such as "
-                         "zkniu/Semantic-VAE/semantic_vae): if it was moved, name it with its flag: --vae, --tts or "
-                         "--init")
+                         "zkniu/Semantic-VAE/semantic_vae): if it was moved, name it with its flag (--vae, "
+                         "--tts, --init, --reconstruct)")
     from huggingface_hub import snapshot_download
 
     repository = "/".join(parts[:2])
@@ -1077,6 +1078,7 @@ def rebuild(kind, config, tensors: dict[str, torch.Tensor], source) -> nn.Module
     try:
         with torch.device("meta"):  # sizes are compared with the file's before memory is spent on them
             module = kind(config)
+        module.load_state_dict(tensors, assign=True)  # names and shapes
         copies = {name: value.to(torch.float32, copy=True) for name, value in tensors.items()}  # the file is mapped
         module.load_state_dict(copies, assign=True)
     except (ArithmeticError, AttributeError, IndexError, InputError, RuntimeError, TypeError, ValueError) as e:

@@ -19,6 +19,7 @@ Killed at any moment and run again, it continues and ends with the same bytes.
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import errno
@@ -236,7 +237,8 @@ class SSLModel:
     def __init__(self, name: str, layer: int | str = -1, device=torch.device("cpu")):
         """layer: a hidden state, -1 for the last one, or "logits" of a CTC model."""
         kind = "ModelForCTC" if layer == "logits" else "Model"
-        self.extractor, model = from_hub("SSL model", name, "FeatureExtractor", kind)
+        what = "aligner" if layer == "logits" else "SSL model"
+        self.extractor, model = from_hub(what, name, "FeatureExtractor", kind)
         self.name = name
         self.layer = layer
         self.device = device
@@ -409,7 +411,8 @@ def fill_latents(args, rank: int, world: int, device) -> None:
     rate = Fraction(data.rate, vae.config.hop)
     facts = dict(vae=str(args.vae), vae_hash=vae.latents_hash(), dim=dim, hop=vae.config.hop, rate=str(rate))
     name = f"latents-{facts['vae_hash']}"
-    if known := data.meta.pop(name, None):
+    known = data.meta.pop(name, None)
+    if known and (args.out / f"{name}.bin").exists():
         if rank == 0:  # now the newest, and perhaps with another decoder
             write_json(args.out / "meta.json", data.meta | {name: known | dict(vae=facts["vae"])})
         return
@@ -600,7 +603,7 @@ WORK = ".prepare"  # scratch space in --out, removed in the end: a name that no 
 
 def each_chunk(out: Path, name: str, count: int, do, rank: int, world: int) -> list:
     """do(range of clips) for this rank's chunks of 0 … count - 1 that are not marked as done. Returns what it
-    returned for all chunks, which is kept in the marks."""
+    returned for all chunks, which is kept in the marks, to rank 0."""
     marks = [out / WORK / f"{name}-{k}" for k in range(math.ceil(count / CHUNK))]
     todo = [k for k in range(rank, len(marks), world) if not marks[k].exists()]
     pace = 1 if sys.stderr.isatty() else 60  # seconds between two updates of the bar: in a file, each is a line
@@ -646,7 +649,7 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
                 f.write((out / WORK / f"{start}.audio").read_bytes())
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        verdicts = sum(each_chunk(out, "audio", len(clips), read, rank, world), [])
+        verdicts = [verdict for part in each_chunk(out, "audio", len(clips), read, rank, world) for verdict in part]
     if rank > 0:
         return
     kept = [(*clip, samples) for clip, (samples, _, _) in zip(clips, verdicts) if samples]
@@ -745,7 +748,8 @@ def check_source(args, clips) -> None:
         raise InputError(f"{args.out} holds a {foreign[0]}, but no settings.json of ours: choose another --out")
     if (args.out / "meta.json").exists() or (args.out / WORK).exists():
         before = read_json(path)
-        differ = differences(before | before.pop("recordings", {}), settings | recordings)
+        before |= before.pop("recordings", {})
+        differ = differences(before, settings | recordings)
         if differ:
             raise InputError(f"{args.out} was made with other settings or recordings ({differ}): choose another "
                              "--out, or remove it")
@@ -945,8 +949,10 @@ def lock(folder: Path):
 
 def in_demo(path):
     """A path into demo/ as it is now, if the checkout was moved since it was noted; any other value as it is."""
-    moved = DEMO / str(path).rpartition("/demo/")[2]
-    return str(moved) if "/demo/" in str(path) and not Path(path).exists() and moved.exists() else path
+    if not isinstance(path, str) or "/demo/" not in path:
+        return path
+    moved = DEMO / path.rpartition("/demo/")[2]
+    return str(moved) if moved.exists() and not Path(path).exists() else path
 
 
 def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> argparse.Namespace:
@@ -1078,7 +1084,7 @@ class Run:
         write_json(args.out / "args.json", settings)
         log = args.out / "log.csv"
         rows = log.read_text(encoding="utf-8").split("\n")[1:-1] if self.first and log.exists() else []  # whole lines
-        rows = [row for row in rows if int(row.split(",")[0]) <= self.first]  # others were lost with a crash
+        rows = [row for row in rows if row and int(row.split(",")[0]) <= self.first]  # others were lost with a crash
         write_text(log, "\n".join([",".join(self.columns), *rows, ""]))
 
     def steps(self):
@@ -1229,6 +1235,11 @@ def compiled(module: nn.Module, wanted: bool, *example, parts=None, **named):
         return module
     finally:
         module.zero_grad()
+
+
+def one_sum(module: nn.Module, last: bool):
+    """Ranks sum their gradients once a step: in its last micro-batch."""
+    return contextlib.nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 
 def distributed(module: nn.Module, device, world: int):

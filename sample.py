@@ -129,7 +129,8 @@ def synthesize(dit, vae, requests, steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed
     results = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: totals[i])
     for batch in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
-        prompt = torch.zeros(len(batch), max(totals[i] for i in batch), config.latent_dim, device=device)
+        x = pad([noise(i) for i in batch])  # [B, N, D]
+        prompt = torch.zeros_like(x)
         for row, i in zip(prompt, batch):
             row[: len(prompts[i])] = prompts[i]
         prompt_lengths = torch.tensor([len(prompts[i]) for i in batch], device=device)
@@ -137,7 +138,7 @@ def synthesize(dit, vae, requests, steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed
         text = pad([texts[i] for i in batch], -1)
         starts = pad([plans[i][1] for i in batch], math.inf)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            inputs = (pad([noise(i) for i in batch]), prompt, prompt_lengths, text, lengths)
+            inputs = (x, prompt, prompt_lengths, text, lengths)
             latents = dit.destandardize(sample(dit, *inputs, steps, cfg, sway, starts))  # [B, N, D]
         for z, i in zip(latents, batch):
             first = max(0, len(prompts[i]) - vae.CONTEXT)  # of the prompt, only what the target's samples depend on
@@ -247,7 +248,7 @@ def normalized(text: str, mode: str, what: str) -> str:
     return text
 
 
-def make_requests(args, dit: DiT, recognizer) -> list[Request]:
+def make_requests(args, dit: DiT, device) -> list[Request]:
     """The text in pieces that fit after the prompt."""
     rate = dit.config.sample_rate
     limit = dit.config.max_seconds
@@ -256,7 +257,7 @@ def make_requests(args, dit: DiT, recognizer) -> list[Request]:
     check_prompt(wave, "", rate, limit / 2)  # before a recogniser, whose memory a long one would fill
     ref_text = args.ref_text
     if ref_text is None:
-        ref_text = recognizer()([wave], rate)[0]
+        ref_text = Recognizer(args.asr, device, args.language)([wave], rate)[0]
         print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
     ref_text = normalized(ref_text, dit.config.text, "the transcript of the prompt")
     if dit.config.vocabulary and ref_text[-1] not in ".。":  # F5-TTS's prompts end so
@@ -282,9 +283,8 @@ def make_requests(args, dit: DiT, recognizer) -> list[Request]:
 def say(args, dit, vae, generate, device) -> None:
     """One text in one voice."""
     rate = dit.config.sample_rate
-    recognizer = functools.cache(lambda: Recognizer(args.asr, device, args.language))  # loaded when first needed
-    requests = make_requests(args, dit, recognizer)
-    asr = recognizer() if args.takes > 1 else None
+    requests = make_requests(args, dit, device)
+    asr = Recognizer(args.asr, device, args.language) if args.takes > 1 else None
     text = " ".join(request.text for request in requests)
     part = args.out.with_stem(args.out.stem + ".part")
     start = time.time()

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from evaluate import Recognizer, error_rates
 from model import (PRESETS, DiT, DiTConfig, InputError, SemanticVAE, at_rate, conv_head, duration_loss,
-                   flow_matching_loss)  # fmt: skip
+                   flow_matching_loss, masked_mean)  # fmt: skip
 from prepare import (DEMO, DRAWS, ORDER, TRAINING, Data, Run, at_least, check_run, cli, clipped_step, compiled,
-                     distributed, forward_flops, has_bfloat16, load_batches, read_args, start_ranks, switch,
+                     distributed, forward_flops, has_bfloat16, load_batches, one_sum, read_args, start_ranks, switch,
                      update_ema, write_wave)  # fmt: skip
 from sample import Request, synthesize, to_bytes
 
@@ -59,6 +59,7 @@ class Utterances(torch.utils.data.Dataset):
                 self.too_long.append(i)
             elif not self.aligned or data.get("starts", i).isfinite().all():  # nan: the aligner could not place it
                 self.clips.append(i)
+        self.longest = sum(sorted(self.frames[i] for i in self.clips)[-join:]) / self.rate  # seconds of an example
         self.groups = max(1, int(self.length(self.clips) / self.rate / batch_seconds))  # steps in an epoch
 
     def length(self, run: list[int]) -> int:
@@ -156,15 +157,15 @@ def collate(items: list[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
+@dataclasses.dataclass
 class MicroBatches:
     """This rank's micro-batches, step after step: a step's examples in world x accumulate parts of similar lengths."""
 
-    def __init__(self, examples: Utterances, steps: range, micro_seconds: float, rank: int, world: int):
-        self.examples = examples
-        self.steps = steps
-        self.micro_frames = micro_seconds * examples.rate
-        self.rank = rank
-        self.world = world
+    examples: Utterances
+    steps: range
+    micro_seconds: float
+    rank: int
+    world: int
 
     def parts(self, step: int) -> list[list]:
         runs = self.examples.step(step)
@@ -172,9 +173,10 @@ class MicroBatches:
             raise InputError(f"a step holds {len(runs)} utterance(s), which {self.world} ranks cannot share: raise "
                              "--batch-seconds")
         lengths = np.array([self.examples.length(run) for run in runs])  # ascending
+        most = self.micro_seconds * self.examples.rate
         for accumulate in range(1, len(runs) // self.world + 1):
             bounds = self.cut(lengths, accumulate * self.world)
-            if max((b - a) * lengths[b - 1] for a, b in zip(bounds, bounds[1:])) <= self.micro_frames:
+            if max((b - a) * lengths[b - 1] for a, b in zip(bounds, bounds[1:])) <= most:
                 break
         parts = [runs[a:b] for a, b in zip(bounds, bounds[1:])]
         return parts[self.rank * accumulate : (self.rank + 1) * accumulate]
@@ -212,7 +214,7 @@ class HiddenAlignment(nn.Module):
 
     def __init__(self, dit: DiTConfig, ssl_dim: int):
         super().__init__()
-        self.blocks = tuple(round(dit.depth * block / 18) - 1 for block in (8, 12))
+        self.blocks = tuple(max(1, round(dit.depth * block / 18)) - 1 for block in (8, 12))
         hidden = 2048 * dit.width // 768
         self.text_head = conv_head(dit.width, hidden, dit.text_symbols + 1)
         self.ssl_head = conv_head(dit.width, hidden, ssl_dim)
@@ -226,7 +228,7 @@ class HiddenAlignment(nn.Module):
         ctc = F.ctc_loss(symbols, text.clamp(min=0) + 1, lengths, count, **options) / count
         cosine = F.cosine_similarity(self.ssl_head(high.mT).mT.float(), features, dim=-1)  # [B, N]
         inside = torch.arange(cosine.shape[1], device=cosine.device) < lengths[:, None]
-        return 0.1 * ctc + 1 - (cosine * inside).sum(1) / lengths
+        return 0.1 * ctc + 1 - masked_mean(cosine, inside)
 
 
 class Objective(nn.Module):
@@ -282,16 +284,12 @@ def main(argv=None):
     if hidden:
         modules["hidden"] = hidden
 
-    # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
+    # ---- the run, its batches and its evaluation
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    some = [clips for step in range(train.groups) for clips in train.step(step)][:2]  # not 1: special
+    some = [clips for step in range(train.groups) for clips in train.step(step)][:2]  # compiled for 1, all would be 1
     example = moved(collate([train[(0, clips)] for clips in some]), device)
     with autocast():
         flops = forward_flops(objective, **example) / (example["lengths"].sum().item() / train.rate)
-        objective = compiled(objective, args.compile, parts=dit.transformer_blocks, **example)
-    objective = distributed(objective, device, world)
-
-    # ---- the run, its batches and its evaluation
     notes = dict(
         vae=os.path.relpath(vae_folder.resolve(), args.out.resolve()) if vae_folder.is_dir() else str(vae_folder),
         data=data.meta["sources"],
@@ -301,11 +299,17 @@ def main(argv=None):
     run.begin(ema, notes, modules, columns, flops)
     micro = MicroBatches(train, range(run.first, args.steps), args.micro_seconds, rank, world)
     loader = load_batches(train, micro, args, device, collate)
-    evaluation = Evaluation(args, run, vae, valid, device) if rank == 0 else None
+    asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
+    requests = fixed_requests(data, args.eval_sentences)
     if rank == 0:
         count = sum(p.numel() for p in dit.parameters()) / 1e6
         print(f"{device}, {world} rank(s); DiT {count:.2f} M parameters; {len(train.clips)} clips, "
               f"{data.meta['hours']} h; about {args.batch_seconds} s a step, {train.groups} steps an epoch")
+
+    # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
+    with autocast():
+        objective = compiled(objective, args.compile, parts=dit.transformer_blocks, **example)
+    objective = distributed(objective, device, world)
 
     for step in run.steps():
         # ---- linear warm-up, then linear decay to 0: pure functions of the step
@@ -322,12 +326,11 @@ def main(argv=None):
             dist.all_reduce(frames)
         losses = torch.zeros(3, device=device)
         for i, batch in enumerate(batches):
-            if world > 1:  # ranks sum their gradients once a step
-                objective.require_backward_grad_sync = i == len(batches) - 1
-            with autocast():
-                sums, _ = objective(**batch)
-            part = sums * world / frames  # DDP averages over ranks: undo that
-            part.sum().backward()
+            with one_sum(objective, i == len(batches) - 1):
+                with autocast():
+                    sums, _ = objective(**batch)
+                part = sums * world / frames  # DDP averages over ranks: undo that
+                part.sum().backward()
             losses += part.detach()
         norm, skipped = clipped_step(optimizer, parameters, MAX_NORM)
         update_ema(ema, dit, args.ema, step)
@@ -335,44 +338,32 @@ def main(argv=None):
         run.note(loss=loss, durations=durations, hidden=hidden_loss, grad=norm, skipped=skipped, lr=rate)
         run.audio += args.batch_seconds
         if run.evaluating:
-            run.score(evaluation, ema, step + 1)
+            run.score(evaluate, run, ema, vae, valid, asr, requests, step + 1)
 
 
 # ======================================================================================================================
 # You can stop here. Below: evaluation, how a run begins, and the flags.
 
 
-class Evaluation:
+def evaluate(run: Run, dit: DiT, vae: SemanticVAE, valid: Utterances, asr, requests, step: int) -> dict:
     """Always on the same clips, noise, times and sentences, with the averaged weights."""
-
-    def __init__(self, args, run: Run, vae: SemanticVAE, valid: Utterances, device):
-        self.args = args
-        self.run = run
-        self.vae = vae
-        self.valid = valid
-        self.device = device
-        self.asr = Recognizer(args.asr, device, args.language) if args.asr != "none" else None
-        self.requests = fixed_requests(valid.data, args.eval_sentences)
-
-    def __call__(self, dit: DiT, step: int) -> dict:
-        args = self.args
-        scores = dict(valid_loss=validate(dit, self.valid, self.device))
-        how = dict(steps=args.sample_steps, cfg=args.sample_cfg, seed=args.seed, bf16=args.bf16)
-        try:
-            waves = synthesize(dit, self.vae, self.requests, **how)
-        except InputError as e:  # what it says yet may be nothing
-            tqdm.write(f"step {step}: no samples: {e}")
-            waves = []
-        rate = self.valid.data.rate
-        for n, wave in enumerate(waves):
-            write_wave(args.out / "samples" / f"{n}_step{step:07d}.wav", wave, rate)
-        if self.asr and waves:
-            scores |= error_rates([request.text for request in self.requests], self.asr(waves, rate))
-            if scores["wer"] < 0.3 and "intelligible" not in self.run.kept:
-                minutes = (time.time() - self.run.start) / 60
-                self.run.kept["intelligible"] = round(minutes, 1)
-                tqdm.write(f"intelligible: fewer than 30 % word errors after {minutes:.1f} minutes of training")
-        return scores | self.run.kept
+    args = run.args
+    scores = dict(valid_loss=validate(dit, valid, run.device))
+    try:
+        waves = synthesize(dit, vae, requests, args.sample_steps, args.sample_cfg, seed=args.seed, bf16=args.bf16)
+    except InputError as e:  # what it says yet may be nothing
+        tqdm.write(f"step {step}: no samples: {e}")
+        waves = []
+    rate = valid.data.rate
+    for n, wave in enumerate(waves):
+        write_wave(args.out / "samples" / f"{n}_step{step:07d}.wav", wave, rate)
+    if asr and waves:
+        scores |= error_rates([request.text for request in requests], asr(waves, rate))
+        if scores["wer"] < 0.3 and "intelligible" not in run.kept:
+            minutes = (time.time() - run.start) / 60
+            run.kept["intelligible"] = round(minutes, 1)
+            tqdm.write(f"intelligible: fewer than 30 % word errors after {minutes:.1f} minutes of training")
+    return scores | run.kept
 
 
 @torch.no_grad()
@@ -455,29 +446,24 @@ def check_utterances(args, train: Utterances, valid: Utterances, rank: int) -> N
     too_long = train.too_long + valid.too_long
     if rank == 0 and too_long:
         names = ", ".join(train.data.clips[i]["id"] for i in too_long[:3])
-        print(f"{len(too_long)} clips are skipped, since their texts have more bytes than latent frames: {names}, …")
+        print(f"{len(too_long)} clips are skipped: their texts have more bytes than latent frames, the first: {names}")
     if not train.clips or not valid.clips:
         raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips that "
                          "can be used, and both are needed: prepare more")
-    if args.batch_seconds < max_seconds(train):
-        raise InputError(f"--batch-seconds {args.batch_seconds} is below the longest, {max_seconds(train):.1f} s")
+    if args.batch_seconds < train.longest:
+        raise InputError(f"--batch-seconds {args.batch_seconds} is below the longest, {train.longest:.1f} s")
     rms = torch.cat([train[(0, run)]["x"] for run in train.step(0)[:64]]).square().mean().sqrt().item()
     if not 0.5 < rms < 2:
         vae = args.vae or train.data.meta["latents"]["vae"]
         raise InputError(f"the latents in {args.data} do not fit their statistics (RMS {rms:.3f}, 1 expected): "
-                         f"run python prepare.py --out {args.data} --vae {vae} again")
-
-
-def max_seconds(train: Utterances) -> float:
-    """Of the longest possible example."""
-    return float(sum(sorted(train.frames[train.clips])[-train.join :]) / train.rate)
+                         f"remove their .bin file and run python prepare.py --out {args.data} --vae {vae}")
 
 
 def make_dit(args, dit: DiT | None, data: Data, train: Utterances, rank: int) -> DiT:
     """A new network as the preset says, or the given one if it fits the data."""
     latents = data.meta["latents"]
     facts = dict(latent_dim=latents["dim"], sample_rate=data.rate, hop=latents["hop"], text=data.meta["text"])
-    facts |= dict(max_seconds=max_seconds(train), vae_hash=latents["vae_hash"])
+    facts |= dict(max_seconds=float(train.longest), vae_hash=latents["vae_hash"])
     if dit:
         found = dataclasses.asdict(dit.config)
         for name in ("latent_dim", "sample_rate", "hop", "text"):

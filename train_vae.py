@@ -11,7 +11,6 @@ samples/ with the same validation clips after every evaluation.
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -28,7 +27,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from model import (PRESETS, InputError, LogMel, MelDistance, SemanticVAE, VAEConfig, Vocos, at_rate, conv_head,
                    kl_loss, load_torch, local_folder, rebuild, stft, stft_distance)  # fmt: skip
 from prepare import (DRAWS, ORDER, TRAINING, Data, Run, at_least, check_run, cli, clipped_step, compiled, distributed,
-                     forward_flops, frame_count, load_batches, read_args, repeat_last, start_ranks, switch,
+                     forward_flops, frame_count, load_batches, one_sum, read_args, repeat_last, start_ranks, switch,
                      update_ema, write_wave)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,8 +298,7 @@ def main(argv=None):
     optimizer_d = torch.optim.AdamW(discriminators.parameters(), lr=args.lr, betas=(0.8, 0.99), fused=True)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     modules = dict(vae=vae, reader=reader, discriminators=discriminators, optimizer=optimizer, optimizer_d=optimizer_d)
-    names = ("mel", "adv", "feature", "kl", "align", "teacher")
-    weights = {name: getattr(args, f"{name}_weight") for name in names}
+    weights = {name: getattr(args, f"{name}_weight") for name in ("mel", "adv", "feature", "kl", "align", "teacher")}
 
     # ---- the global batch, shared between ranks and micro-batches
     seconds = crops.frames * vae.config.hop / data.rate
@@ -339,12 +337,11 @@ def main(argv=None):
         vae.decoder.requires_grad_(step >= early)
         if vae.projectors:
             vae.projectors.requires_grad_(aligns(step))
-        for p in encoding:
-            p.requires_grad_(learns)
-        if not learns:
-            averaged = [p for name, p in ema.named_parameters() if not name.startswith(vae.AFTER_LATENTS)]
-            for p, q in zip(encoding, averaged):
-                p.data.copy_(q)
+        for (name, p), averaged in zip(vae.named_parameters(), ema.parameters()):
+            if not name.startswith(vae.AFTER_LATENTS):
+                p.requires_grad_(learns)
+                if not learns:
+                    p.data.copy_(averaged)
         with autocast():
             network = compiled(EncoderFirst(vae, reader) if step < early else vae, args.compile, *example(step))
         return distributed(network, device, world)
@@ -447,11 +444,6 @@ def evaluate(vae: SemanticVAE, reader, data: Data, clips: list[int], mel: MelDis
             write_wave(folder / f"{n}_original.wav", wave[0].cpu().numpy(), data.rate)
             write_wave(folder / f"{n}_step{step:07d}.wav", again[0].cpu().numpy(), data.rate)
     return totals
-
-
-def one_sum(module: nn.Module, last: bool):
-    """Ranks sum their gradients once a step: in its last micro-batch."""
-    return contextlib.nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 
 def share_evenly(flag: str, wanted: float, seconds: float, world: int) -> int:
