@@ -1,6 +1,7 @@
 """The form of the six scripts, which are to be read: narrow, in two halves, strict in what they load, and each leaning on few others."""
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -37,7 +38,7 @@ def named_lambdas(tree: ast.AST) -> list[int]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_has_its_form(script):
-    wide = [number for number, line in enumerate(text(script).split("\n"), 1) if len(line) > 120]
+    wide = [number for number, line in enumerate(text(script).split("\n"), 1) if len(line.encode()) > 120]
     assert not wide, f"{script}.py has lines wider than 120 columns: {wide}"
     assert text(script).count("# You can stop here.") == 1
     assert "strict=False" not in text(script)
@@ -47,6 +48,16 @@ def test_a_script_has_its_form(script):
     allowed |= {other for one, other in LEANS if one == script}
     leans = imported(tree) & {*SCRIPTS}
     assert leans <= allowed, f"{script}.py imports {sorted(leans - allowed)}"
+
+
+def test_the_readme_counts_their_lines():
+    """All lines, and those above the rule that is drawn over "You can stop here"."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for script in SCRIPTS:
+        lines = text(script).splitlines()
+        (first,) = (number for number, line in enumerate(lines) if line.startswith("# ======"))
+        (row,) = re.findall(rf"^\| \[{script}\.py\]\({script}\.py\) \| (\d+) \| (\d+) \|", readme, re.M)
+        assert tuple(map(int, row)) == (len(lines), first), f"README.md's line counts of {script}.py"
 
 
 def test_what_is_looked_for_is_found():
