@@ -106,8 +106,7 @@ class Recognizer:
 
     @torch.no_grad()
     def __call__(self, waves: list[np.ndarray], rate: int = 16000) -> list[str]:
-        """float32 audio, each [T] → texts. Whisper searches with five beams; it hears 30 s, so what is longer is
-        cut."""
+        """float32 audio, each [T] → texts. Whisper searches with five beams, longer audio in pieces of 30 s."""
         wanted = self.extractor.sampling_rate
         longest = 30 * wanted if self.whisper else sys.maxsize
         waves = [resample(wave, rate, wanted) for wave in waves]

@@ -202,7 +202,7 @@ class LogMel(nn.Module):
 
     def forward(self, wave):  # [B, 1, T]
         hann = torch.hann_window(self.window, device=wave.device)
-        with torch.autocast(wave.device.type, enabled=False):
+        with torch.autocast(wave.device.type, enabled=False):  # bfloat16 has eight bits, too few for audio
             spectrum = torch.stft(wave[:, 0].float(), self.window, self.hop, window=hann, return_complex=True)
             return (self.bank @ spectrum.abs()[..., :-1]).clamp(min=1e-5).log()  # [B, bands, N]
 
@@ -249,8 +249,8 @@ class GatedMLP(nn.Module):
 class AttentionProjection(nn.Module):
     """From the encoder's width to the latent's: y = proj(LN₃ x) + attn(LN₁ x), then y + mlp(LN₂ y).
 
-    Causal, so that a prompt encoded alone (sampling) has the latents that it has inside an utterance (training), but
-    for its last dozen frames."""
+    Causal: alone (sampling), a prompt has the latents that it has in an utterance (training), save the last dozen, for
+    which convolutions look ahead."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -445,8 +445,8 @@ class UpwardAlignmentHead(nn.Module):
         return self.model(z).float(), at_rate(features, z.shape[1]).float()  # [B, N, ssl_dim] twice
 
     def loss(self, z, aligned, valid):
-        """mean ReLU(1 - m1 - cos(Wz_i, f_i)) + mean ReLU(|cos(z_i, z_j) - cos(f_i, f_j)| - m2) over the valid frames i,
-        and pairs of frames i, j, of an utterance; then over the batch."""
+        """mean ReLU(1 - margin - cos(Wz_i, f_i)) + mean ReLU(|cos(z_i, z_j) - cos(f_i, f_j)| - pair_margin) over the
+        valid frames i, and pairs of frames i, j, of an utterance; then over the batch."""
         projected, features = aligned
         frames = F.relu(1 - self.margin - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
         z = F.normalize(z, dim=-1)
@@ -524,7 +524,7 @@ class SemanticVAE(Pretrained):
     """The speech VAE, with its alignment head."""
 
     AFTER_LATENTS = ("decoder.", "projectors.")  # the weights that no latent depends on
-    CONTEXT = 32  # more latent frames on either side than any sample depends on (tests/test_model.py)
+    CONTEXT = 32  # no audio sample depends on latents further away (tests/test_model.py)
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -616,7 +616,7 @@ def text_index(place: str, starts, counts, lengths, frames: int):
         return (torch.searchsorted(starts, middle.contiguous(), right=True) - 1).clamp(min=0)
     n = counts.clamp(min=1)[:, None]
     each = (lengths[:, None] // n).clamp(min=1)
-    last = lengths[:, None] - 1 - frame  # frames left; below, the smaller of both indices is right
+    last = lengths[:, None] - 1 - frame  # frames after this one; below, the index from either end
     return torch.minimum(frame // each, n - 1 - last // (each + 1))
 
 
@@ -777,7 +777,7 @@ class Attention(nn.Module):
 
     Padding is masked, so that an utterance's result is the same in any batch. attn_mask would rule out the fastest
     kernels, and its compiled backward pass fails for dynamic lengths (torch 2.11). Instead q, k and v get eight more
-    channels (those kernels want multiples of 8): 1 in q, 0 in v, and in k 0 or, for padding, −10,000."""
+    channels (those kernels want multiples of 8): 1 in q, 0 in v, −10,000 in k at padding, whose weight becomes 0."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -873,7 +873,7 @@ class DiT(Pretrained):
             x = block(x, t, angle, inside)
             if i in read:
                 states[i] = x
-        scale, shift = self.norm_out(t)
+        scale, shift = self.norm_out(t)  # in this order, as F5-TTS has it
         velocity = self.proj_out(modulate(x, shift, scale))  # [B, N, latent]
         return (velocity, *(states[i] for i in read)) if read else velocity
 
@@ -910,8 +910,8 @@ EPSS = {
 
 def time_steps(steps: int, sway: float) -> list[float]:
     """The steps + 1 times between which the flow is integrated, from 0 to 1. Sway (F5-TTS) maps t to
-    t + sway · (cos(πt/2) − 1 + t): negative, it shortens the steps
-    near the noise, which settle what is said and when."""
+    t + sway · (cos(πt/2) − 1 + t): negative, it shortens the steps near the
+    noise, which settle what is said and when."""
     times = [i / 32 for i in EPSS[steps]] if steps in EPSS else [i / steps for i in range(steps + 1)]
     return [t + sway * (math.cos(math.pi / 2 * t) - 1 + t) for t in times]
 

@@ -135,7 +135,7 @@ def loudness(wave: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
 
 
 def frame_count(samples, sample_rate: int, frame_rate):
-    """Frames that `samples` fill at `frame_rate` a second, the last one perhaps in part: the one rule for all arrays.
+    """Frames that hold `samples` at `frame_rate` a second, rounded up: the one rule for all arrays.
 
     Latents have sample_rate / hop frames a second. SSL models make about one frame less than this, since their front
     end does not pad; their last frame is repeated. Frame i of any array thus starts at i / frame_rate seconds."""
@@ -355,7 +355,7 @@ class Aligner:
 
     def __call__(self, logits: torch.Tensor, text: str, seconds: float) -> torch.Tensor:
         """Logits [S, symbols] of a clip → the second at which each byte of its text begins [L]: halfway between the
-        moments at which the model is surest of it and of the byte before. Characters that the model lacks are spread
+        middles of the spans that are aligned to it and to the byte before. Characters that the model lacks are spread
         evenly between their neighbours. All nan if something else is said."""
         places = np.cumsum([0, *(len(c.encode()) for c in text)])  # of each character's first byte
         symbols = [(place, self.symbol(c)) for place, c in zip(places.tolist(), text)]

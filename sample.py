@@ -114,7 +114,7 @@ def synthesize(dit, vae, requests, steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed
     if config.vocabulary:  # F5-TTS raises quiet prompts to an RMS of 0.1
         gains = [max(1.0, 0.1 / np.square(r.prompt).mean() ** 0.5) for r in requests]
     waves = [torch.from_numpy(r.prompt * np.float32(gain))[None].to(device) for r, gain in zip(requests, gains)]
-    prompts = [dit.standardize(vae.encode(wave)[0])[0] for wave in waves]  # each [P, D]
+    prompts = [dit.standardize(vae.encode(wave)[0])[0] for wave in waves]  # each [P, D]; the means
     texts = [to_symbols(f"{r.prompt_text} {r.text}", config.vocabulary) for r in requests]
     plans = [plan(dit, len(prompt), r, speed) for prompt, r in zip(prompts, requests)]
     totals = [max(total, len(text) + 1) for (total, _), text in zip(plans, texts)]  # symbols may outnumber bytes

@@ -5,8 +5,9 @@
     torchrun --standalone --nproc_per_node 8 train_tts.py --preset paper --data ...   # the same training on 8 GPUs
     python train_tts.py --resume --out runs/tts                            # go on exactly where it stopped
 
-The loss does not tell when a model begins to speak; the character error rate (cer) of a few fixed sentences does. Every
-evaluation synthesises them with sample.py's own function and weights, and writes them to samples/ in the run folder.
+The run folder is that of train_vae.py. The loss does not tell when a model begins to speak; the character error rate
+(cer) of a few fixed sentences does. Every evaluation synthesises them with sample.py's own function and weights, and
+writes them to samples/ in the run folder.
 """
 
 import argparse
@@ -183,8 +184,8 @@ class MicroBatches:
 
     @staticmethod
     def cut(lengths: np.ndarray, count: int) -> list[int]:
-        """Bounds [count + 1] of consecutive parts, at least one utterance each, the largest as small as possible: ranks
-        wait for it. lengths [examples] in frames, ascending; count <= examples."""
+        """Bounds [count + 1] of consecutive parts, none empty, the one of most frames kept small: all ranks wait
+        for it. lengths [examples] in frames, ascending; count <= examples."""
         ends = lengths.cumsum()
         room = max(lengths[-1], ends[-1] / count)
         while True:
@@ -241,8 +242,8 @@ class Objective(nn.Module):
 
     def forward(self, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None, features=None):
         """A batch → the losses [3] (flow matching, durations, hidden alignment) as sums over the span's frames,
-        and the number of those frames. Utterances weigh by their frames in all three, so that ranks and
-        micro-batches change nothing."""
+        and the number of those frames. Each utterance weighs by its span's frames: ranks and
+        micro-batches change nothing but HiddenAlignment."""
         read = self.hidden.blocks if self.hidden else ()
         batch = (x, noise, t, span, text, lengths, drop_prompt, drop_text, starts)
         error, frames, *states = flow_matching_loss(self.dit, *batch, read)
@@ -286,7 +287,7 @@ def main(argv=None):
 
     # ---- the run, its batches and its evaluation
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    some = [clips for step in range(train.groups) for clips in train.step(step)][:2]  # compiled for 1, all would be 1
+    some = [clips for step in range(train.groups) for clips in train.step(step)][:2]  # a size of 1 compiles as fixed
     example = moved(collate([train[(0, clips)] for clips in some]), device)
     with autocast():
         flops = forward_flops(objective, **example) / (example["lengths"].sum().item() / train.rate)

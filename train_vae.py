@@ -119,8 +119,8 @@ class LatentReader(nn.Module):
         self.register_buffer("std", torch.ones(ssl_dim))
 
     def forward(self, z, wave, features=None):
-        """z [B, N, D], wave [B, T], features [B, S, ssl_dim] → losses by name. mel: mean L1 of log10 magnitudes,
-        times the seven scales of MelDistance, so that its weight means the same; teacher: mean square."""
+        """z [B, N, D], wave [B, T], features [B, S, ssl_dim] → losses by name. mel: L1 of log10 magnitudes, times 7,
+        as MelDistance sums seven scales: one weight suits both; teacher: mean square."""
         predicted = self.head(z.mT).mT.float()  # [B, N, bands + ssl_dim]
         mel = self.mel(wave[:, None]).mT  # [B, N, bands]
         losses = dict(mel=7 / math.log(10) * F.l1_loss(predicted[..., : self.BANDS], mel))
@@ -145,8 +145,8 @@ class EncoderFirst(nn.Module):
 
 @torch.no_grad()
 def unit_latents(vae: SemanticVAE, waves: torch.Tensor, noise: float = 0.2) -> None:
-    """Data-dependent initialisation (LSUV, arXiv 1511.06422): over `waves` [B, T] each convolution of the encoder gives
-    unit variance, and the posterior zero mean, unit variance a channel and a standard deviation of about `noise`.
+    """Data-dependent initialisation (LSUV, arXiv 1511.06422): over `waves` [B, T] each convolution of the encoder
+    gets unit variance, the posterior's means 0 ± 1 a channel, and its sampling noise a deviation of about `noise`.
 
     PyTorch's default shrinks speech from layer to layer until it drowns in the biases: hundreds of steps pass before
     the latents tell anything. Long runs can afford that, a run of minutes cannot."""
@@ -390,7 +390,7 @@ def main(argv=None):
             norm_d, skipped = clipped_step(optimizer_d, discriminators.parameters(), MAX_NORM)
             run.note(grad_d=norm_d)
 
-        # ---- the VAE's update: gradients flow through the discriminators, whose weights need none
+        # ---- the VAE's update: gradients flow through the discriminators, whose weights, updated above, get none
         discriminators.requires_grad_(False)
         for i, batch in enumerate(batches):
             with one_sum(network, i == len(batches) - 1):
