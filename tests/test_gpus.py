@@ -210,7 +210,7 @@ def test_downloads_happen_once_a_node(shared, world, tmp_path, monkeypatch):
     for rank in (0, 1):
         folder = tmp_path / ("shared" if shared else str(rank))
 
-        def fetch(subsets, root, folder=folder):
+        def fetch(subsets, folder=folder):
             if not folder.exists():
                 shutil.copytree(world.corpus, folder)
                 fetched.append(folder)
