@@ -373,7 +373,7 @@ def recording(system: str, line: Line, args, reconstruct) -> tuple[np.ndarray, d
     if system == "synthesis":
         return hear(args.generated / line.wav), {}
     path = find_audio(args.audio, line.gen)
-    wave = hear(path)
+    wave = hear(path)  # what is reconstructed must hold speech, too
     return reconstruct(path) if system == "reconstruction" else (wave, {})
 
 

@@ -452,7 +452,8 @@ def check_utterances(args, train: Utterances, valid: Utterances, rank: int) -> N
         raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips that "
                          "can be used, and both are needed: prepare more")
     if args.batch_seconds < train.longest:
-        raise InputError(f"--batch-seconds {args.batch_seconds} is below the longest, {train.longest:.1f} s")
+        raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest example has, "
+                         f"{train.longest:.1f} s: raise it")
     rms = torch.cat([train[(0, run)]["x"] for run in train.step(0)[:64]]).square().mean().sqrt().item()
     if not 0.5 < rms < 2:
         vae = args.vae or train.data.meta["latents"]["vae"]
@@ -489,7 +490,7 @@ def parse_args(argv=None):
     flag("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py --vae (default %(default)s)")
     flag("--out", type=Path, default=Path("runs/tts"), help="run folder (default %(default)s)")
     flag("--vae", help="the VAE of the latents to learn (default: that of the newest latents)")
-    flag("--text-place", choices=["left", "even", "aligned"], help="which frames the text is given to: see README.md")
+    flag("--text-place", choices=["left", "even", "aligned"], help="see model.text_index")
     flag("--align-hidden", **switch(False), help="align hidden states with text and SSL features too (A-DMA)")
     flag("--join", type=at_least(1), default=1, help="clips of a speaker in an example: more where clips are short")
     flag("--batch-seconds", type=positive, default=3240, help="audio in an update, of all ranks (default %(default)s)")
