@@ -452,8 +452,8 @@ def check_utterances(args, train: Utterances, valid: Utterances, rank: int) -> N
         raise InputError(f"{args.data} holds {len(train.clips)} training and {len(valid.clips)} validation clips that "
                          "can be used, and both are needed: prepare more")
     if args.batch_seconds < train.longest:
-        raise InputError(f"--batch-seconds {args.batch_seconds} is less than the longest example has, "
-                         f"{train.longest:.1f} s: raise it")
+        raise InputError(f"--batch-seconds {args.batch_seconds} is below the longest, an example "
+                         f"of {train.longest:.1f} s: raise it")
     rms = torch.cat([train[(0, run)]["x"] for run in train.step(0)[:64]]).square().mean().sqrt().item()
     if not 0.5 < rms < 2:
         vae = args.vae or train.data.meta["latents"]["vae"]
