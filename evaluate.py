@@ -357,11 +357,14 @@ class Reconstructor:
         self.name = self.vae.content_hash()
 
     @torch.no_grad()
-    def __call__(self, path: Path) -> tuple[np.ndarray, dict]:
-        """The decoded posterior mean [T] at 16 kHz, and its distances to the recording."""
+    def __call__(self, path: Path, noise: float = 0.0) -> tuple[np.ndarray, dict]:
+        """The decoded posterior mean [T] at 16 kHz, and its distances to the recording. noise: Gaussian, added to each
+        channel in units of its standard deviation, as a DiT's errors would be."""
         rate = self.vae.config.sample_rate
         x = torch.from_numpy(read_audio(path, rate))[None].to(self.device)
-        y = self.vae.decode(self.vae.encode(x)[0], x.shape[-1])
+        mean, _ = self.vae.encode(x)  # [1, N, D]
+        errors = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        y = self.vae.decode(mean + noise * mean.std(1, keepdim=True) * errors, x.shape[-1])
         if not torch.isfinite(y).all():
             raise InputError(f"the reconstruction of {path} holds non-finite samples")
         distances = dict(mel=self.mel(y, x).item(), stft=stft_distance(y, x).item())
@@ -374,7 +377,7 @@ def recording(system: str, line: Line, args, reconstruct) -> tuple[np.ndarray, d
         return hear(args.generated / line.wav), {}
     path = find_audio(args.audio, line.gen)
     wave = hear(path)  # what is reconstructed must hold speech, too
-    return reconstruct(path) if system == "reconstruction" else (wave, {})
+    return (wave, {}) if system == "original" else reconstruct(path, float(system.partition("+")[2] or 0))
 
 
 def score(system: str, lines: list[Line], args, asr, sim, voice, reconstruct):
@@ -484,6 +487,7 @@ def parse_args(argv=None):
     flag("--audio", type=Path, help="where the list's recordings are (default: beside the list)")
     flag("--generated", type=Path, help='folder of sample.py --list: adds the row "synthesis"')
     flag("--reconstruct", metavar="VAE", help='run folder or hub id of a VAE: adds the row "reconstruction"')
+    flag("--noise", type=at_least(0, float), nargs="+", default=[], help="more such rows, with noise in the latents")
     flag("--no-original", action="store_true", help='drop the row "original"')
     flag("--asr", default=str(DEMO / "ssl"), help="recogniser (paper: openai/whisper-large-v3; default: the demo's)")
     flag("--language", default="en", help="of a multilingual Whisper (default %(default)s)")
@@ -507,6 +511,9 @@ def main(argv=None):
     lines = read_list(args.list)[: args.limit]
     wanted = dict(original=not args.no_original, reconstruction=args.reconstruct, synthesis=args.generated)
     systems = [system for system, asked in wanted.items() if asked]
+    systems += [f"reconstruction+{level}" for level in args.noise]
+    if args.noise and not args.reconstruct:
+        raise InputError("--noise is added to the latents of a VAE: name it with --reconstruct")
     if not systems:
         raise InputError("nothing to score: drop --no-original, or give --generated or --reconstruct")
     recordings, made = check_files(args, lines, systems)

@@ -874,6 +874,14 @@ class Unbroken:
         self.write("")
 
 
+def leave(code: int) -> None:
+    """End the process here. Tearing an interpreter down beside torch's threads has crashed, after all was saved; to
+    leave its group in order, NCCL would wait for ranks that wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def cli(main) -> None:
     """Run main(). An InputError becomes one line and exit code 2; Ctrl-C and SIGTERM one line and 130 or 143."""
 
@@ -884,16 +892,15 @@ def cli(main) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
     sys.stdout = Unbroken(sys.stdout)
     sys.stderr = Unbroken(sys.stderr)
+    code = 0
     try:
         try:
             main()
-            code = 0
         except SystemExit as e:  # --help; a training that was stopped, on all ranks after the same step
             code = e.code
         barrier()  # leave together: a rank that exits while gloo still holds its tensors may be aborted
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(code)
     except (InputError, torch.OutOfMemoryError) as e:
         code = 2
         if int(os.environ.get("RANK", 0)):  # what all ranks find is said by the first; torchrun then ends the others
@@ -910,11 +917,7 @@ def cli(main) -> None:
     except Exception:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if dist.is_initialized():
-        os._exit(code)  # to leave the group in order, NCCL would wait for ranks that wait for this one
-    sys.exit(code)
+    leave(code)
 
 
 def lock(folder: Path):

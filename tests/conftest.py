@@ -1,17 +1,20 @@
 """A small world to test in: synthetic clips, random tiny models, and one run of every stage, made once."""
 
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import random
+import socket
 import string
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT), TOKENIZERS_PARALLELISM="false")  # on CPUs everywhere: that is where results are the same to the bit
+os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", TOKENIZERS_PARALLELISM="false")  # on CPUs everywhere: that is where results are the same to the bit
 
 import numpy as np
 import pytest
@@ -21,15 +24,18 @@ import torch
 import prepare
 import train_tts
 import train_vae
+from model import PRESETS
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # the tests are small: a second thread costs more than it gives
 prepare.Aligner.WORST = -math.inf  # the small world's recogniser knows nothing
+PRESETS["demo"]["vae"] |= dict(encoder_dim=4, decoder_dim=64)  # a tenth of the work; scripts that tests start have all of it
+PRESETS["demo"]["dit"] |= dict(width=64, depth=3, heads=1, text_dim=32)
 RATE = 16000
 # Pairs, and a last one alone: so that results are the same on every CPU.
 VAE_FLAGS = ["--preset", "demo", "--steps", "2", "--batch-seconds", "1.6", "--crop", "0.4", "--eval-every", "2", "--log-every", "1", "--adv-start", "1",
-             "--eval-clips", "2", "--encoder-steps", "0", "--no-compile"]  # fmt: skip
+             "--eval-clips", "2", "--disc-width", "0.0625", "--encoder-steps", "0", "--no-compile"]  # fmt: skip
 TTS_FLAGS = ["--preset", "demo", "--warmup", "0", "--lr", "4e-5", "--steps", "2", "--batch-seconds", "6", "--micro-seconds", "100", "--eval-every", "2", "--log-every", "1",
-             "--eval-sentences", "2", "--no-bf16"]  # fmt: skip
+             "--eval-sentences", "2", "--sample-steps", "2", "--no-bf16"]  # fmt: skip
 
 
 def tone(seconds: float, seed: int) -> np.ndarray:
@@ -101,8 +107,10 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def fails(capsys):
+def fails(capsys, monkeypatch):
     """fails(main, args, *words): the command ends with exit code 2 and one line on stderr that holds the words."""
+
+    monkeypatch.setattr(prepare, "leave", sys.exit)
 
     def check(main, args, *words):
         capsys.readouterr()
@@ -118,12 +126,38 @@ def fails(capsys):
     return check
 
 
-def torchrun(script: str, *args, ranks: int = 2, first: str = ""):
-    """Run a script under torchrun on CPU ranks, after the statement `first`: its output, or an AssertionError."""
-    name = script.removesuffix(".py")
-    program = ["--no-python", sys.executable, "-c", f"import prepare, {name}; {first}; prepare.cli({name}.main)"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launch, *(program if first else [str(ROOT / script)]), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+RANKS = multiprocessing.get_context("forkserver")
+RANKS.set_forkserver_preload(["conftest", "sample", "evaluate", "torch._dynamo"])  # imported once, not by each rank
+
+
+def one_rank(script: str, args: list[str], environment: dict[str, str], first: str, output: Path) -> None:
+    """What torchrun starts: a process that runs a script as one of its ranks."""
+    os.environ.update(environment)
+    for stream, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(f"{output}{suffix}", os.O_CREAT | os.O_WRONLY), stream)
+    torch.set_num_threads(1)
+    module = importlib.import_module(script.removesuffix(".py"))
+    exec(first)
+    prepare.cli(lambda: module.main(args))
+
+
+def torchrun(script: str, *args, ranks: int = 2, first: str = "") -> str:
+    """A script on CPU ranks, after the statement `first`: its output, or an AssertionError. As under torchrun (which
+    test_faults.py uses), but for the imports, which take longer than most of these runs."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        outputs = [Path(folder) / str(rank) for rank in range(ranks)]
+        for rank, output in enumerate(outputs):
+            environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+            environment |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            options = script, list(map(str, args)), environment, first, output
+            processes.append(RANKS.Process(target=one_rank, args=options))
+            processes[-1].start()
+        for process in processes:
+            process.join(600)
+            process.kill()
+        said, errors = ("".join(Path(f"{o}{suffix}").read_text() for o in outputs) for suffix in (".out", ".err"))
+    assert all(process.exitcode == 0 for process in processes), errors[-3000:]
+    return said

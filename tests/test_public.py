@@ -63,7 +63,7 @@ def write_hub(folder, monkeypatch):
     authors_release(release)
     (release / "discriminator").mkdir()
     torch.manual_seed(7)
-    weights = train_vae.Discriminators(0.125).state_dict()
+    weights = train_vae.Discriminators(0.0625).state_dict()
     torch.save(dict(state_dict=weights, metadata={}), release / "discriminator" / "weights.pth")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: folder / name)
     return weights

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -489,6 +490,7 @@ def test_a_number_that_a_flag_cannot_have_is_refused_by_name(script, fails):
 def test_a_terminal_that_is_not_utf8_is_written_to(monkeypatch, tmp_path):
     with open(tmp_path / "terminal", "w", encoding="ascii") as terminal:
         monkeypatch.setattr(prepare.sys, "stdout", terminal)
+        monkeypatch.setattr(prepare, "leave", sys.exit)
         with pytest.raises(SystemExit) as caught:
             prepare.cli(lambda: print("größer → 語"))
     assert caught.value.code == 0 and (tmp_path / "terminal").read_text() == "gr\\xf6\\xdfer \\u2192 \\u8a9e\n"

@@ -1,6 +1,7 @@
 """sample.py, evaluate.py and demo/report.py: the prompt's check, lengths, lists, scores, signature, bad input; and the README's commands."""
 
 import base64
+import csv
 import importlib.util
 import io
 import json
@@ -278,6 +279,24 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
     DiT(DiT.from_pretrained(world.tts).config).save_pretrained(tmp_path / "other", vae=str(world.vae))
     fails(sample.main, ["--tts", tmp_path / "other", *args[2:]], "was made with other settings")
     fails(sample.main, [*args, "--sway", "0"], "was made with other settings", "sway: -1, now 0.0")
+
+
+def test_noise_in_the_latents_is_a_row_each(world, tmp_path, capsys, fails):
+    """Without any the same as the reconstruction, more the further away; the same noise for every call."""
+    score = ["--list", world.corpus / "test.lst", "--no-original", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv"]
+    args = [str(a) for a in [*score, "--reconstruct", world.vae, "--noise", "0", "0.3", "3"]]
+    tables = []
+    for _ in range(2):
+        evaluate.main(args)
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    rows = csv.DictReader(open(tmp_path / "s.csv", encoding="utf-8"))
+    mels = {}
+    for row in rows:
+        mels.setdefault(row["system"], []).append(float(row["mel"]))
+    plain, none, some, much = (mels[name] for name in ("reconstruction", "reconstruction+0.0", "reconstruction+0.3", "reconstruction+3.0"))
+    assert plain == none and all(a < b < c for a, b, c in zip(none, some, much))
+    fails(evaluate.main, [*score, "--noise", "1"], "--noise is added to the latents of a VAE: name it with --reconstruct")
 
 
 def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch):

@@ -42,15 +42,14 @@ TTS = lambda world, out, **changes: ["--data", str(world.data), "--out", str(out
 TIMES = {"seconds", "audio"}  # columns that no two runs share
 EARLY = dict(encoder_steps=2, encoder_batch_seconds=2.4)  # 6 crops, where the decoder's steps have 4
 
-@pytest.mark.parametrize("train, args, changes, more, dies_at", [
-    (train_vae, VAE, dict(micro_batch=2, adv_start=0), [], 2),
-    (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0, encoder_steps=3), [], 2),  # dies before the turn
-    (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0), [], 2),  # at it
-    (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0, encoder_steps=1), [], 3),  # behind it
-    (train_tts, TTS, dict(micro_seconds=3), [], 2),
-    (train_tts, TTS, dict(micro_seconds=3, join=2), ["--align-hidden"], 2)])  # fmt: skip
-@pytest.mark.parametrize("bf16", ["--no-bf16", "--bf16"])
-def test_resumed_training_equals_straight_training(bf16, train, args, changes, more, dies_at, world, tmp_path):
+@pytest.mark.parametrize("train, args, changes, more, dies_at, bf16", [
+    (train_vae, VAE, dict(micro_batch=2, adv_start=0), [], 2, "--bf16"),
+    (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0, encoder_steps=3), [], 2, "--no-bf16"),  # dies before the turn
+    (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0), [], 2, "--no-bf16"),  # at it
+    (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0, encoder_steps=1), [], 3, "--bf16"),  # behind it
+    (train_tts, TTS, dict(micro_seconds=3), [], 2, "--no-bf16"),
+    (train_tts, TTS, dict(micro_seconds=3, join=2), ["--align-hidden"], 2, "--bf16")])  # fmt: skip
+def test_resumed_training_equals_straight_training(train, args, changes, more, dies_at, bf16, world, tmp_path):
     """4 steps equal 2 + resume + 2, bit for bit, with accumulation, EMA and (VAE) discriminators; log.csv has each row once, though the
     checkpoint lies between two of its lines."""
     changes = changes | dict(steps=4, eval_every=2, log_every=1 if bf16 == "--bf16" else 3)
@@ -158,6 +157,7 @@ def test_bfloat16_follows_float32(train, args, world, tmp_path):
 def test_two_ranks_and_accumulation_equal_one(script, args, changes, more, world, tmp_path):
     """One rank, one rank with two micro-batches, and two ranks: the same losses and weights, to float tolerance."""
     train = train_vae if script == "train_vae.py" else train_tts
+    near = 5e-2 if more else 2e-2  # HiddenAlignment's own loss depends on the micro-batch
     small = dict(micro_batch=2) if script == "train_vae.py" else dict(micro_seconds=3)
     train.main(args(world, tmp_path / "one", **changes) + more)
     train.main(args(world, tmp_path / "accumulated", **changes, **small) + more)
@@ -166,7 +166,7 @@ def test_two_ranks_and_accumulation_equal_one(script, args, changes, more, world
     for other in ("accumulated", "two"):
         for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / other), strict=True):
             for key in set(a) - TIMES:
-                assert a[key] == b[key] or float(a[key]) == pytest.approx(float(b[key]), rel=2e-2), (other, a["step"], key)
+                assert a[key] == b[key] or float(a[key]) == pytest.approx(float(b[key]), rel=near), (other, a["step"], key)
             assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=2e-3)
         found = load_file(tmp_path / other / "model.safetensors")
         assert max((found[k] - expected[k]).abs().max().item() for k in expected) < 2.5e-3  # Adam's first steps have size lr: signs of tiny gradients may differ
