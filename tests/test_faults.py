@@ -43,7 +43,7 @@ def ended(process, seconds: float = 120):
 
 @pytest.mark.parametrize("python, script, args, number", [
     ([sys.executable], "train_vae.py", VAE, signal.SIGTERM), ([sys.executable], "train_tts.py", TTS, signal.SIGINT),
-    ([sys.executable], "train_tts.py", TTS, signal.SIGHUP), (RANKS, "train_vae.py", VAE, signal.SIGTERM)])  # fmt: skip
+    ([sys.executable], "train_tts.py", TTS, signal.SIGHUP), (RANKS, "train_tts.py", TTS, signal.SIGTERM)])  # fmt: skip
 def test_a_signal_saves_the_step_and_says_how_to_go_on(python, script, args, number, world, tmp_path):
     """Sent to the whole process group, as schedulers and terminals do, loader processes among it; and SIGTERM twice, since
     torchrun passes on to its ranks what they have heard already."""
