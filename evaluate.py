@@ -23,7 +23,7 @@ import string
 import sys
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +57,9 @@ def unspaced(text: str) -> bool:
 
 def error_rates(references: list[str], hypotheses: list[str]) -> dict[str, float]:
     """{cer, wer} over all pairs together, after normalisation. Spaces are no characters where the script has none."""
-    references = [normalize(text) for text in references]
-    hypotheses = [normalize(text) for text in hypotheses]
-    wer = jiwer.wer(references, hypotheses)
-    together = [[t.replace(" ", "") if unspaced(t) else t for t in texts] for texts in (references, hypotheses)]
-    return dict(cer=jiwer.cer(*together), wer=wer)
+    pair = [[normalize(text) for text in texts] for texts in (references, hypotheses)]
+    together = [[t.replace(" ", "") if unspaced(t) else t for t in texts] for texts in pair]
+    return dict(cer=jiwer.cer(*together), wer=jiwer.wer(*pair))
 
 
 def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
@@ -89,13 +87,11 @@ class Recognizer:
         kind = "ModelForSpeechSeq2Seq" if self.whisper else "ModelForCTC"
         model, self.extractor, self.tokenizer = from_hub("recogniser", name, kind, "FeatureExtractor", "Tokenizer")
         self.model = model.float().to(device).eval()
-        self.device = device
         self.half = half
         self.identity = identity(name, config)
         self.options = {}
-        multilingual = self.whisper and getattr(model.generation_config, "is_multilingual", True)
         spoken = ["en"] if self.whisper else LANGUAGES  # a CTC model does not say which language it knows
-        if multilingual:
+        if self.whisper and getattr(model.generation_config, "is_multilingual", True):
             spoken = [token.strip("<|>") for token in getattr(model.generation_config, "lang_to_id", {})]
             self.options = dict(language=language, task="transcribe")
             self.identity += f"/{language}" if language != "en" else ""
@@ -114,12 +110,12 @@ class Recognizer:
         for i, wave in enumerate(waves):
             pieces += [(i, wave[start : start + longest]) for start in range(0, len(wave), longest)]
         options = dict(sampling_rate=wanted, return_tensors="pt")
-        with torch.autocast(self.device.type, torch.float16, enabled=self.half):
+        with torch.autocast(self.model.device.type, torch.float16, enabled=self.half):
             if self.whisper:
                 features = self.extractor([piece for _, piece in pieces], **options).input_features
-                ids = self.model.generate(features.to(self.device), num_beams=5, **self.options)
+                ids = self.model.generate(features.to(self.model.device), num_beams=5, **self.options)
             else:  # one by one: these models see padding
-                inputs = [self.extractor(piece, **options).to(self.device) for _, piece in pieces]
+                inputs = [self.extractor(piece, **options).to(self.model.device) for _, piece in pieces]
                 ids = [self.model(**one).logits[0].argmax(-1) for one in inputs]
         texts = [""] * len(waves)
         for (i, _), row in zip(pieces, ids):  # CTC: decode() merges repeats before it drops blanks
@@ -139,24 +135,18 @@ class SpeakerModel:
     def __init__(self, name: str, device):
         self.extractor, model = from_hub("speaker model", name, "FeatureExtractor", "ModelForAudioXVector")
         self.model = model.float().to(device).eval()
-        self.device = device
         self.identity = identity(name, model.config)
 
     @torch.no_grad()
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         """float32 audio [T] at 16 kHz → unit vector."""
-        inputs = self.extractor(wave, sampling_rate=16000, return_tensors="pt").to(self.device)
+        inputs = self.extractor(wave, sampling_rate=16000, return_tensors="pt").to(self.model.device)
         return F.normalize(self.model(inputs.input_values).embeddings, dim=-1)[0].cpu().numpy()
 
 
-class ConvReluNorm(nn.Module):
-    def __init__(self, inputs: int, outputs: int, kernel: int):
-        super().__init__()
-        self.conv = nn.Conv1d(inputs, outputs, kernel, padding="same")
-        self.bn = nn.BatchNorm1d(outputs)
-
-    def forward(self, x):
-        return self.bn(F.relu(self.conv(x)))
+def conv_relu_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv1d(inputs, outputs, kernel, padding="same")
+    return nn.Sequential(OrderedDict(conv=conv, relu=nn.ReLU(), bn=nn.BatchNorm1d(outputs)))
 
 
 class Res2(nn.Module):
@@ -182,9 +172,9 @@ class Res2(nn.Module):
 class SERes2Block(nn.Module):
     def __init__(self, channels: int, dilation: int):
         super().__init__()
-        self.Conv1dReluBn1 = ConvReluNorm(channels, channels, 1)
+        self.Conv1dReluBn1 = conv_relu_norm(channels, channels, 1)
         self.Res2Conv1dReluBn = Res2(channels, dilation)
-        self.Conv1dReluBn2 = ConvReluNorm(channels, channels, 1)
+        self.Conv1dReluBn2 = conv_relu_norm(channels, channels, 1)
         self.SE_Connect = nn.ModuleDict(dict(linear1=nn.Linear(channels, 128), linear2=nn.Linear(128, channels)))
 
     def forward(self, x):  # [B, C, T]
@@ -198,7 +188,7 @@ class ECAPA(nn.Module):
         super().__init__()
         wide = 3 * channels
         self.feature_weight = nn.Parameter(torch.zeros(states))
-        self.layer1 = ConvReluNorm(features, channels, 5)
+        self.layer1 = conv_relu_norm(features, channels, 5)
         self.layer2 = SERes2Block(channels, 2)
         self.layer3 = SERes2Block(channels, 3)
         self.layer4 = SERes2Block(channels, 4)
@@ -260,7 +250,6 @@ class SIMo:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             why = " ".join(str(e).split())[:300]
             raise InputError(f"{path} does not hold the weights of WavLM and ECAPA-TDNN: {why}") from e
-        self.device = device
         self.identity = identity(path)
 
     @torch.no_grad()
@@ -272,7 +261,7 @@ class SIMo:
     @torch.no_grad()
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         """float32 audio [T] at 16 kHz → unit vector."""
-        states = self.states(torch.from_numpy(wave)[None].to(self.device))
+        states = self.states(torch.from_numpy(wave)[None].to(self.wavlm.device))
         return F.normalize(self.ecapa(states), dim=-1)[0].cpu().numpy()
 
 
@@ -335,16 +324,15 @@ def find_audio(root: Path, name: str) -> Path:
 def hear(path: Path, rate: int = 16000) -> np.ndarray:
     """A recording [T] that holds something to score."""
     wave = read_audio(path, rate)
-    what = ""
     if not np.isfinite(wave).all():
         what = "holds non-finite samples"
     elif len(wave) < 0.32 * rate:
         what = f"holds {len(wave) / rate:.3f} s"
     elif not loudness(wave, rate)[1]:
         what = "is silent"
-    if what:
-        raise InputError(f"{path} {what}, expected 0.32 s of speech or more: make it again, or drop it from --list")
-    return wave
+    else:
+        return wave
+    raise InputError(f"{path} {what}, expected 0.32 s of speech or more: make it again, or drop it from --list")
 
 
 class Reconstructor:
@@ -354,7 +342,6 @@ class Reconstructor:
         self.vae = SemanticVAE.from_pretrained(folder).to(device)
         self.mel = MelDistance(self.vae.config.sample_rate).to(device)
         self.device = device
-        self.name = self.vae.content_hash()
 
     @torch.no_grad()
     def __call__(self, path: Path, noise: float = 0.0) -> tuple[np.ndarray, dict]:
@@ -395,14 +382,14 @@ def score(system: str, lines: list[Line], args, asr, sim, voice, reconstruct):
 # ======================================================================================================================
 # You can stop here. Below: the table, records that survive a kill, checks and flags.
 
-COLUMNS = {  # heading and factor of each score
-    "wer": ("WER %", 100),
-    "cer": ("CER %", 100),
-    "corpus": ("corpus WER %", 100),
-    "wer_whisper": ("Whisper-norm. WER %", 100),
-    "sim": ("SIM", 1),
-    "mel": ("mel", 1),
-    "stft": ("STFT", 1),
+COLUMNS = {  # heading, factor and digits of each score
+    "wer": ("WER %", 100, 2),
+    "cer": ("CER %", 100, 2),
+    "corpus": ("corpus WER %", 100, 2),
+    "wer_whisper": ("Whisper-norm. WER %", 100, 2),
+    "sim": ("SIM", 1, 3),
+    "mel": ("mel", 1, 3),
+    "stft": ("STFT", 1, 3),
 }
 
 
@@ -412,22 +399,19 @@ def make_table(systems: list[str], records: list[dict]) -> list[list[str]]:
     cells = {}
     for system in systems:
         rows = [record for record in records if record["system"] == system]
-        for column, (_, factor) in COLUMNS.items():
+        for column, (_, factor, digits) in COLUMNS.items():
             if column == "corpus":
                 rates = error_rates([row["reference"] for row in rows], [row["hypothesis"] for row in rows])
-                cells[system, column] = f"{100 * rates['wer']:.2f}"
+                cells[system, column] = f"{factor * rates['wer']:.{digits}f}"
             elif column in rows[0]:
                 values = [factor * row[column] for row in rows]
-                digits = 2 if factor > 1 else 3
                 cells[system, column] = f"{np.mean(values):.{digits}f}"
                 if column in (main, "sim"):
                     low, high = interval(values)
                     cells[system, column] += f" [{low:.{digits}f}, {high:.{digits}f}]"
     shown = [c for c in sorted(COLUMNS, key=lambda c: c != main) if any((system, c) in cells for system in systems)]
-    table = [["system", *(COLUMNS[c][0] for c in shown)]]
-    for system in systems:
-        table.append([system, *(cells.get((system, c), "") for c in shown)])
-    return table
+    body = [[system, *(cells.get((system, c), "") for c in shown)] for system in systems]
+    return [["system", *(COLUMNS[c][0] for c in shown)], *body]
 
 
 def read_records(work: Path, key: str) -> dict[tuple[str, str], dict]:
@@ -525,7 +509,7 @@ def main(argv=None):
     signature = (f"list={args.list.name} asr={asr.identity} sim={sim.identity} precision={precision} "
                  f"batch={args.batch_size} normalizer=seed-tts-eval wer=utterance-mean")
     if reconstruct:
-        signature += f" vae={reconstruct.name}"
+        signature += f" vae={reconstruct.vae.content_hash()}"
     if args.generated:
         signature += "".join(f" {k}={made.get(k, '?')}" for k in ("tts", "seed", "steps", "cfg", "sway", "speed"))
 

@@ -22,7 +22,7 @@ import math
 import os
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -115,11 +115,13 @@ F5_MEL = VAEConfig(sample_rate=24000, latent_dim=100, ssl_dim=0, mel=True, **PRE
 
 
 class Pretrained(nn.Module):
-    """A network that its folder rebuilds (model.safetensors and config.json). The files are handled at the end."""
+    """A network that its folder rebuilds (model.safetensors and config.json). How files are read is at the end."""
 
     def save_pretrained(self, folder: str | Path, dtype=torch.float32, **notes) -> None:
         """Write the weights and, beside them, config.json with the class, its config and any further notes."""
-        save_network(self, Path(folder), dtype, notes)
+        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
+        write_atomic(Path(folder) / "model.safetensors", lambda p: save_file(tensors, p))
+        write_json(Path(folder) / "config.json", dict(model=type(self).__name__, config=asdict(self.config), **notes))
 
     @classmethod
     def from_pretrained(cls, name: str | Path):
@@ -192,18 +194,17 @@ class LogMel(nn.Module):
     """F5-TTS's frames, in place of an encoder: log of mel magnitudes (HTK scale), clamped at 1e-5, of windows of 1024
     samples centred on every hop-th sample. No parameters."""
 
-    def __init__(self, sample_rate: int, bands: int, hop: int, window: int = 1024):
+    def __init__(self, sample_rate: int, bands: int, hop: int):
         super().__init__()
-        self.window = window
         self.hop = hop
         with torch.device("cpu"):
-            bank = torchaudio.functional.melscale_fbanks(window // 2 + 1, 0, sample_rate / 2, bands, sample_rate).T
+            bank = torchaudio.functional.melscale_fbanks(513, 0, sample_rate / 2, bands, sample_rate).T
         self.register_buffer("bank", bank, persistent=False)
 
     def forward(self, wave):  # [B, 1, T]
-        hann = torch.hann_window(self.window, device=wave.device)
+        hann = torch.hann_window(1024, device=wave.device)
         with torch.autocast(wave.device.type, enabled=False):  # bfloat16 has eight bits, too few for audio
-            spectrum = torch.stft(wave[:, 0].float(), self.window, self.hop, window=hann, return_complex=True)
+            spectrum = torch.stft(wave[:, 0].float(), 1024, self.hop, window=hann, return_complex=True)
             return (self.bank @ spectrum.abs()[..., :-1]).clamp(min=1e-5).log()  # [B, bands, N]
 
 
@@ -212,12 +213,11 @@ class LogMel(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """y = W · pool(mean over heads h of softmax(qₕkₕᵀ/√d + causal mask) vₕ). From a wide input to a narrow
-    output: heads are averaged and pooled, not concatenated."""
+    """y = W · pool(mean over eight heads h of softmax(qₕkₕᵀ/√d + causal mask) vₕ). From a wide input to a
+    narrow output: heads are averaged and pooled, not concatenated."""
 
-    def __init__(self, dim: int, out_dim: int, heads: int = 8):
+    def __init__(self, dim: int, out_dim: int):
         super().__init__()
-        self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
@@ -226,8 +226,8 @@ class CausalAttention(nn.Module):
     def forward(self, x):  # [B, N, D]
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # a key's bias cancels in softmax
         qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).mean(1)  # [B, N, D/H]
+        q, k, v = qkv.unflatten(-1, (3, 8, -1)).permute(2, 0, 3, 1, 4)  # each [B, 8, N, D/8]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).mean(1)  # [B, N, D/8]
         return self.proj(F.adaptive_avg_pool1d(y, self.proj.in_features))  # [B, N, out]
 
 
@@ -435,23 +435,21 @@ class UpwardAlignmentHead(nn.Module):
     """VA-VAE's alignment (arXiv 2501.01423, section 3): the latent is projected *up* to the features, so that the
     features become predictable from the latents."""
 
-    def __init__(self, ssl_dim: int, latent_dim: int, margin: float = 0.5, pair_margin: float = 0.25):
+    def __init__(self, ssl_dim: int, latent_dim: int):
         super().__init__()
-        self.margin = margin
-        self.pair_margin = pair_margin
         self.model = nn.Linear(latent_dim, ssl_dim, bias=False)
 
     def forward(self, z, features):  # [B, N, latent], [B, S, ssl_dim]
         return self.model(z).float(), at_rate(features, z.shape[1]).float()  # [B, N, ssl_dim] twice
 
     def loss(self, z, aligned, valid):
-        """mean ReLU(1 - margin - cos(Wz_i, f_i)) + mean ReLU(|cos(z_i, z_j) - cos(f_i, f_j)| - pair_margin) over the
-        valid frames i, and pairs of frames i, j, of an utterance; then over the batch."""
+        """mean ReLU(0.5 - cos(Wz_i, f_i)) + mean ReLU(|cos(z_i, z_j) - cos(f_i, f_j)| - 0.25) over the valid frames i,
+        and pairs of frames i, j, of an utterance; then over the batch."""
         projected, features = aligned
-        frames = F.relu(1 - self.margin - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
+        frames = F.relu(0.5 - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
         z = F.normalize(z, dim=-1)
         features = F.normalize(features, dim=-1)
-        pairs = F.relu((z @ z.mT - features @ features.mT).abs() - self.pair_margin)  # [B, N, N]
+        pairs = F.relu((z @ z.mT - features @ features.mT).abs() - 0.25)  # [B, N, N]
         both = valid[:, :, None] & valid[:, None]
         return (masked_mean(frames, valid) + masked_mean(pairs.flatten(1), both.flatten(1))).mean()
 
@@ -464,17 +462,15 @@ def masked_mean(x, valid=None):
 
 
 def kl_loss(mean, logvar):
-    """KL(q(z|x) ‖ N(0, 1)): summed over the features, averaged over batch and frames (VAE, arXiv 1312.6114). The 1e-6
-    is the authors'.
+    """KL(q(z|x) ‖ N(0, 1)): summed over the features, averaged over batch and frames (VAE, arXiv 1312.6114).
 
     It keeps latents bounded and smooth, so that a DiT's small errors stay small. Its weight is small too: at 1, what
     the decoder needs would be smoothed away."""
-    return -0.5 * (1 + logvar - mean.square() - (logvar.exp() + 1e-6)).sum(-1).mean()
+    return -0.5 * (1 + logvar - mean.square() - (logvar.exp() + 1e-6)).sum(-1).mean()  # 1e-6: the authors'
 
 
 def stft(wave, window: int):
-    """[B, T] → complex [B, window / 2 + 1, frames]: periodic Hann window, hop of a quarter, centred, reflect
-    padding."""
+    """[B, T] → complex [B, window / 2 + 1, frames]: periodic Hann window, hop of a quarter, centred, reflected."""
     hann = torch.hann_window(window, device=wave.device)
     return torch.stft(wave.float(), window, window // 4, window=hann, return_complex=True)
 
@@ -573,11 +569,8 @@ class SemanticVAE(Pretrained):
 
     def content_hash(self, without: tuple[str, ...] = ("projectors.",)) -> str:
         """Names these weights, less the alignment head's, in 16 hex digits: for tables of scores."""
-        settings = {}  # without the defaults, so that a new setting renames nothing
-        for field in fields(self.config):
-            value = getattr(self.config, field.name)
-            if field.name not in ("ssl_dim", "align") and value != field.default:
-                settings[field.name] = value
+        usual = vars(VAEConfig())  # left out, so that a new setting renames nothing
+        settings = {k: v for k, v in vars(self.config).items() if v != usual[k] and k not in ("ssl_dim", "align")}
         digest = hashlib.sha256(json.dumps(settings).encode())
         for name, value in sorted(self.state_dict().items()):
             if not name.startswith(without):
@@ -651,8 +644,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Bytes → one vector a latent frame: embedding and position, ConvNeXt-V2 blocks, then each byte's vector to its
-    frames.
+    """Bytes → a vector a frame: embedding, position, ConvNeXt-V2 blocks, then each byte's vector to its frames.
 
     Dropped text: each byte becomes the filler (row 0, learned for this alone); length and places stay known."""
 
@@ -699,8 +691,7 @@ class DurationPredictor(nn.Module):
 
 
 def duration_loss(predicted, text, starts, lengths):
-    """|log duration − predicted|, both relative to their utterance's mean, averaged over the bytes with a duration:
-    [B].
+    """|log duration − predicted|, each less its utterance's mean, averaged over the bytes with a duration: [B].
 
     predicted and text [B, L]; starts [B, L] and lengths [B] in frames. A byte lasts until the next one starts."""
     starts = torch.minimum(starts, lengths[:, None])  # infinite after the text
@@ -799,21 +790,8 @@ class Attention(nn.Module):
         return self.to_out(y.transpose(1, 2).flatten(2))  # [B, N, W]
 
 
-class FeedForward(nn.Module):
-    """W₂ gelu(W₁ x), the gelu in its tanh form."""
-
-    def __init__(self, width: int, mult: int):
-        super().__init__()
-        hidden = nn.Sequential(nn.Linear(width, mult * width), nn.GELU(approximate="tanh"))
-        dropout = nn.Identity()  # F5-TTS's, which keeps the parameters' names
-        self.ff = nn.Sequential(hidden, dropout, nn.Linear(mult * width, width))
-
-    def forward(self, x):  # [B, N, W]
-        return self.ff(x)
-
-
 class DiTBlock(nn.Module):
-    """x += g₁ · attention(LN(x)(1 + s₁) + b₁), then x += g₂ · feed-forward(LN(x)(1 + s₂) + b₂).
+    """x += g₁ · attention(LN(x)(1 + s₁) + b₁), then x += g₂ · W₂ gelu(W₁(LN(x)(1 + s₂) + b₂)).
 
     (b, s, g) = AdaLN(t)."""
 
@@ -821,12 +799,15 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.attn_norm = Modulation(config.width, 6)
         self.attn = Attention(config.width, config.heads)
-        self.ff = FeedForward(config.width, config.ff_mult)
+        inner = config.ff_mult * config.width
+        hidden = nn.Sequential(nn.Linear(config.width, inner), nn.GELU(approximate="tanh"))
+        dropout = nn.Identity()  # F5-TTS's, which keeps the parameters' names
+        self.ff = nn.ModuleDict(dict(ff=nn.Sequential(hidden, dropout, nn.Linear(inner, config.width))))
 
     def forward(self, x, t, angle, inside):  # [B, N, W]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.attn_norm(t)
         x = x + gate1 * self.attn(modulate(x, shift1, scale1), angle, inside)
-        return x + gate2 * self.ff(modulate(x, shift2, scale2))
+        return x + gate2 * self.ff["ff"](modulate(x, shift2, scale2))
 
 
 class DiT(Pretrained):
@@ -883,9 +864,8 @@ class DiT(Pretrained):
 
 
 def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None, read=()):
-    """‖v(x_t, t) − (x − noise)‖² over the span, with x_t = (1 − t) · noise + t · x.
-
-    At t = 0 this is noise, at t = 1 data, and between them a straight path of constant velocity.
+    """‖v(x_t, t) − (x − noise)‖² over the span, with x_t = (1 − t) · noise + t · x: noise at t = 0, data
+    at t = 1, and between them a straight path of constant velocity.
 
     x standardised latents and noise [B, N, D]; t [B]; span [B, N] bool, the frames to generate; text [B, L]; lengths
     [B]; drop_* [B] bool where prompt or text is hidden, so that the velocity without them is learned too; starts [B, L]
@@ -909,9 +889,8 @@ EPSS = {
 
 
 def time_steps(steps: int, sway: float) -> list[float]:
-    """The steps + 1 times between which the flow is integrated, from 0 to 1. Sway (F5-TTS) maps t to
-    t + sway · (cos(πt/2) − 1 + t): negative, it shortens the steps near the
-    noise, which settle what is said and when."""
+    """The steps + 1 times between which the flow is integrated, from 0 to 1. Sway (F5-TTS) maps t to t + sway ·
+    (cos(πt/2) − 1 + t): negative, it shortens the steps near the noise, which settle what is said and when."""
     times = [i / 32 for i in EPSS[steps]] if steps in EPSS else [i / steps for i in range(steps + 1)]
     return [t + sway * (math.cos(math.pi / 2 * t) - 1 + t) for t in times]
 
@@ -922,8 +901,7 @@ def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0,
 
     prompt [B, N, D] holds each prompt's latents in its first prompt_lengths frames; text [B, L] is prompt and target
     text, starts [B, L] where its bytes begin (aligned text); lengths [B] prompt and target frames. Guidance (arXiv
-    2207.12598) takes v further from its value u without prompt and text, for clearer speech: v + cfg · (v − u). The
-    prompt is written over the result."""
+    2207.12598) takes v further from its value u without prompt and text, for clearer speech: v + cfg · (v − u)."""
     given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
     prompt = prompt * given
     drop = torch.ones_like(lengths, dtype=torch.bool)
@@ -1028,12 +1006,6 @@ def local_folder(name: str | Path) -> Path:
     return folder / subfolder
 
 
-def save_network(network: nn.Module, folder: Path, dtype, notes: dict) -> None:
-    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
-    write_atomic(folder / "model.safetensors", lambda p: save_file(tensors, p))
-    write_json(folder / "config.json", dict(model=type(network).__name__, config=asdict(network.config), **notes))
-
-
 def load_network(kind, name: str | Path):
     """A checkpoint of ours; the authors' release and Vocos for a SemanticVAE; F5-TTS's for a DiT."""
     folder = local_folder(name)
@@ -1073,8 +1045,7 @@ def read_config(config_class, values, path: Path, most: int):
 
 
 def rebuild(kind, config, tensors: dict[str, torch.Tensor], source) -> nn.Module:
-    """kind(config) with these weights, in eval mode. What is missing, left over or of another shape is an
-    InputError."""
+    """kind(config) with these weights, in eval mode. InputError: one is missing, left over or of another shape."""
     try:
         with torch.device("meta"):  # sizes are compared with the file's before memory is spent on them
             module = kind(config)

@@ -69,8 +69,7 @@ DEMO = Path(__file__).resolve().parent / "demo"
 
 def normalize_text(text: str, mode: str) -> str:
     """NFC, straight apostrophes, single spaces; "plain" also lower-cases and removes punctuation (all but apostrophes
-    inside words). sample.py applies the mode kept in the checkpoint, so that a model is asked only what it was
-    taught."""
+    inside words). sample.py applies the mode kept in the checkpoint: a model is asked only what it was taught."""
     if any(0xD800 <= ord(c) < 0xE000 for c in text):
         raise InputError(f"not UTF-8: {text!r}")
     text = unicodedata.normalize("NFC", text).replace("’", "'")
@@ -126,8 +125,7 @@ def write_wave(path: Path, wave: np.ndarray, rate: int) -> None:
 
 
 def loudness(wave: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
-    """RMS of each 20 ms of a wave [T] less its mean, and the fifth loudest of them (no mere click), 0 if nothing is
-    heard."""
+    """RMS of each 20 ms of a wave [T] less its mean, and the fifth loudest of them (no mere click), 0 if silent."""
     frames = (wave - wave.mean())[: len(wave) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
     levels = np.sqrt(np.square(frames).mean(1))
     loudest = np.sort(levels)[-5:].min(initial=1)
@@ -164,10 +162,8 @@ class Data:
             raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out "
                              f"{folder} first, or name the folder with --data")
         self.meta = read_json(self.folder / "meta.json")
-        files = {name: name for name in need}
         latents = [name for name in self.meta if name.startswith(f"latents-{vae_hash}")]
         if latents and "latents" in need:
-            files["latents"] = latents[-1]
             self.meta["latents"] = self.meta[latents[-1]]
         for name in need:
             if name not in self.meta:
@@ -185,7 +181,7 @@ class Data:
             self.offsets = {}
             for name in need:
                 entry = self.meta[name]
-                path = self.folder / f"{files[name]}.bin"
+                path = self.folder / f"{latents[-1] if name == 'latents' else name}.bin"
                 offsets = self.offsets_at(entry["rate"])
                 found = path.stat().st_size
                 expected = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
@@ -197,17 +193,12 @@ class Data:
             raise InputError(f"{folder} is damaged ({type(e).__name__}: {e}): remove it and prepare it again") from e
 
     def offsets_at(self, rate) -> np.ndarray:
-        """Where each clip begins in an array of `rate` rows a second ("byte": a row a byte of its text), and the
-        end."""
+        """Where each clip begins, and the end, in an array of `rate` rows a second ("byte": a row a byte of text)."""
         if rate == "byte":
             counts = [len(clip["text"].encode()) for clip in self.clips]
         else:
             counts = frame_count(self.samples, self.rate, rate)
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-    def counts(self, name: str) -> np.ndarray:
-        """Rows of array `name` that each clip has."""
-        return np.diff(self.offsets[name])
 
     def split(self, name: str) -> list[int]:
         return [i for i, clip in enumerate(self.clips) if clip["split"] == name]
@@ -234,8 +225,8 @@ class SSLModel:
 
     Waves go through the model's own feature extractor (zero mean and unit variance, where it was trained so)."""
 
-    def __init__(self, name: str, layer: int | str = -1, device=torch.device("cpu")):
-        """layer: a hidden state, -1 for the last one, or "logits" of a CTC model."""
+    def __init__(self, name: str, layer: int | str = -1, device=torch.device("cpu"), sample_rate: int | None = None):
+        """layer: a hidden state, -1 for the last one, or "logits" of a CTC model; sample_rate: what it must hear."""
         kind = "ModelForCTC" if layer == "logits" else "Model"
         what = "aligner" if layer == "logits" else "SSL model"
         self.extractor, model = from_hub(what, name, "FeatureExtractor", kind)
@@ -249,8 +240,7 @@ class SSLModel:
         self.whisper = model.config.model_type == "whisper"
         self.model = (model.get_encoder() if self.whisper else model).float().to(device).eval()
         self.sample_rate = self.extractor.sampling_rate
-        # Group norm over time sees padding, and these models were trained without masks: only equal lengths are
-        # batched.
+        # Group norm over time sees padding, and these models had no masks in training: only equal lengths are batched.
         self.equal_lengths = getattr(model.config, "feat_extract_norm", None) == "group"
         if self.whisper:
             self.rate = Fraction(model.config.max_source_positions, 30)
@@ -259,6 +249,10 @@ class SSLModel:
             short, long = (self([np.zeros(s * self.sample_rate, np.float32)])[0] for s in (1, 11))
             self.rate = Fraction(len(long) - len(short), 10)
             self.width = long.shape[1]
+        if sample_rate not in (None, self.sample_rate):
+            flag = "--aligner" if layer == "logits" else "--ssl"
+            raise InputError(f"{flag} {name} hears {self.sample_rate} Hz, the data folder holds {sample_rate} Hz: "
+                             f"prepare it with --sample-rate {self.sample_rate}")
 
     @torch.no_grad()
     def __call__(self, waves: list[np.ndarray]) -> list[torch.Tensor]:
@@ -298,15 +292,6 @@ class SSLModel:
             yield from zip((clips[j] for j in batch), self(waves))
 
 
-def load_teacher(name: str, layer: int | str, sample_rate: int, device, flag: str = "--ssl") -> SSLModel:
-    """The SSL model, which must hear the data's sample rate."""
-    teacher = SSLModel(name, layer, device)
-    if teacher.sample_rate != sample_rate:
-        raise InputError(f"{flag} {name} hears {teacher.sample_rate} Hz, the data folder holds {sample_rate} Hz: "
-                         f"prepare it with --sample-rate {teacher.sample_rate}")
-    return teacher
-
-
 def fill_ssl(args, rank: int, world: int, device) -> None:
     """The teacher's features of every clip, over whole utterances."""
     data = Data(args.out)
@@ -317,7 +302,7 @@ def fill_ssl(args, rank: int, world: int, device) -> None:
         if Path(args.ssl).is_dir() and revision(args.ssl) != known["revision"]:
             raise InputError(f"{args.ssl} holds other weights than when {args.out} was made: choose another --out")
         return
-    ssl = load_teacher(args.ssl, args.layer, data.rate, device)
+    ssl = SSLModel(args.ssl, args.layer, device, data.rate)
     facts = dict(model=args.ssl, revision=ssl.revision, layer=args.layer, dim=ssl.width, rate=str(ssl.rate))
 
     def make(clips):
@@ -342,7 +327,7 @@ class Aligner:
     WORST = -2.5  # mean log-probability a character below which text and speech differ: see demo/README.md
 
     def __init__(self, name: str, sample_rate: int, device):
-        self.model = load_teacher(name, "logits", sample_rate, device, "--aligner")
+        self.model = SSLModel(name, "logits", device, sample_rate)
         (tokenizer,) = from_hub("aligner", name, "Tokenizer")
         self.blank = tokenizer.pad_token_id
         self.ids = {text: i for text, i in tokenizer.get_vocab().items() if len(text) == 1 and i != self.blank}
@@ -472,8 +457,7 @@ def columns(line: str, mark: str) -> list[str]:
 
 def from_manifest(path: Path):
     """audio|speaker|text with a header, and perhaps split (train, valid, or test: never trained on); paths are relative
-    to it. Also with tabs or commas, and with others' ALIASES. Without speakers each clip counts as a voice of its
-    own."""
+    to it. Also with tabs or commas, and with others' ALIASES. Without speakers each clip is a voice of its own."""
     (_, header), *rows = read_lines(path) or [(1, "")]
     tables = [(mark, [ALIASES.get(name, name) for name in columns(header, mark)]) for mark in "|\t,"]
     mark, names = next((table for table in tables if {"audio", "text"} <= set(table[1])), ("", []))
@@ -562,13 +546,8 @@ def list_clips(source: Path, alone: bool = True) -> list[tuple]:
     for name, _, speaker, _, _ in clips:  # which the index could not hold
         if set("\t\0") & set(name + speaker) or len(f"{name}.{speaker}.".splitlines()) > 1:
             raise InputError(f"{source}: {name!r} by {speaker!r} has a tab, a line break or a null byte in its name")
-    if alone:
-        return clips
-
-    def voice(name: str, speaker: str) -> str:
-        return f"{source}:{speaker}" if speaker in ("LJ", name) else speaker
-
-    return [(f"{source}:{name}", path, voice(name, speaker), *rest) for name, path, speaker, *rest in clips]
+    mark = "" if alone else f"{source}:"
+    return [(mark + name, path, (mark if who in ("LJ", name) else "") + who, *rest) for name, path, who, *rest in clips]
 
 
 def download(subsets: str, root: Path = Path("downloads")) -> list[Path]:
@@ -602,8 +581,7 @@ WORK = ".prepare"  # scratch space in --out, removed in the end: a name that no 
 
 
 def each_chunk(out: Path, name: str, count: int, do, rank: int, world: int) -> list:
-    """do(range of clips) for this rank's chunks of 0 … count - 1 that are not marked as done. Returns what it
-    returned for all chunks, which is kept in the marks, to rank 0."""
+    """do(range of clips) for this rank's chunks that are not marked as done. Returns all chunks' results, to rank 0."""
     marks = [out / WORK / f"{name}-{k}" for k in range(math.ceil(count / CHUNK))]
     todo = [k for k in range(rank, len(marks), world) if not marks[k].exists()]
     pace = 1 if sys.stderr.isatty() else 60  # seconds between two updates of the bar: in a file, each is a line
@@ -763,9 +741,8 @@ def revision(name: str | Path, config=None) -> str:
     if not path.exists():
         return config._commit_hash
     files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
-        files = files or sorted(path.glob("*.pt"))  # a fine-tune of F5-TTS
+    if path.is_dir():  # .pt: a fine-tune of F5-TTS
+        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")) or sorted(path.glob("*.pt"))
     return "sha256:" + hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
 
 
@@ -959,8 +936,7 @@ def in_demo(path):
 
 
 def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> argparse.Namespace:
-    """The flags of a training, with those that both share. What is not given comes from the run that --resume goes on
-    with, or else from the preset."""
+    """The flags of a training, shared ones too. What is not given comes from the resumed run, else from the preset."""
     flag = parser.add_argument
     flag("--preset", choices=list(PRESETS), help="sizes and settings in place of the defaults (demo data: demo)")
     flag("--resume", action="store_true", help="go on with the run in --out, with its settings but for flags given")
@@ -1000,9 +976,8 @@ def check_run(args, data: Data, device, **facts) -> None:
     args.preset = args.preset or "demo"
     if device.type == "cpu" and args.preset != "demo" and args.device != "cpu":
         raise InputError(f"--preset {args.preset} is made for GPUs, and none was found: --device cpu trains it, slowly")
-    warmup = getattr(args, "warmup", 0)
-    if args.steps <= warmup:
-        raise InputError(f"--steps {args.steps} ends within the --warmup of {warmup} steps: change one of them")
+    if args.steps <= getattr(args, "warmup", 0):
+        raise InputError(f"--steps {args.steps} ends within the --warmup of {args.warmup} steps: change one of them")
     if not data.split("train") or not data.split("valid"):
         raise InputError(f"{args.data} holds {len(data.split('train'))} training and {len(data.split('valid'))} "
                          "validation clips, and both are needed: mark some as valid in its manifest's column split, "
@@ -1058,21 +1033,19 @@ class Run:
         self.columns = ["step", *columns, "skipped", "lr", "seconds", "audio", "memory", "mfu"]
         self.flops = flops
         self.turn = turn
-        self.first = 0
-        self.kept = {}  # numbers that checkpoints keep
-        self.seconds = 0.0
         path = args.out / "state.pt"
-        if args.resume:
-            try:
+        state = dict(step=0, kept={}, seconds=0.0)
+        try:
+            if args.resume:
                 state = load_torch(path)
                 for name, module in self.modules.items():
                     module.load_state_dict(state[name])
-                self.first = int(state["step"])
-                self.kept = dict(state["kept"])
-                self.seconds = float(state["seconds"])
-            except Exception as e:  # torch raises many kinds for names, shapes and types that do not fit
-                why = (str(e) or repr(e)).splitlines()[0]
-                raise InputError(f"cannot resume from {path}: {why}; choose another --out to begin anew") from e
+            self.first = int(state["step"])
+            self.kept = dict(state["kept"])  # numbers that checkpoints keep
+            self.seconds = float(state["seconds"])
+        except Exception as e:  # torch raises many kinds for names, shapes and types that do not fit
+            why = (str(e) or repr(e)).splitlines()[0]
+            raise InputError(f"cannot resume from {path}: {why}; choose another --out to begin anew") from e
         if self.first > args.steps:
             raise InputError(f"{args.out} has made {self.first} steps, more than --steps {args.steps}: give more")
         self.means = {}
@@ -1118,8 +1091,7 @@ class Run:
                 raise SystemExit(128 + int(number))
 
     def note(self, **values) -> None:
-        """Named scalars of this step: tensors, which are averaged over steps and ranks without a pause; numbers, which
-        are logged as they are."""
+        """Scalars of this step: tensors, averaged over steps and ranks without a pause; numbers, logged as they are."""
         for name, value in values.items():
             if torch.is_tensor(value):
                 self.means.setdefault(name, []).append(value.detach().float())
@@ -1266,8 +1238,7 @@ def clipped_step(optimizer: torch.optim.Optimizer, parameters, max_norm: float) 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema ← d · ema + (1 − d) · model, with d rising from 0 to `decay`: short runs do not remember their
-    start."""
+    """ema ← d · ema + (1 − d) · model, with d rising from 0 to `decay`: short runs forget their start."""
     decay = min(decay, step / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -1329,7 +1300,7 @@ def main(argv=None):
         check_source(args, clips)
         if not (out / "meta.json").exists():
             if args.ssl != "none":  # each model is looked for now, not after hours of reading
-                load_teacher(args.ssl, -1 if args.layer is None else args.layer, args.sample_rate, device)
+                SSLModel(args.ssl, -1 if args.layer is None else args.layer, device, args.sample_rate)
             if args.aligner:
                 Aligner(args.aligner, args.sample_rate, device)
             if args.vae:

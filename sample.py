@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm, trange
 
@@ -118,10 +119,8 @@ def synthesize(dit, vae, requests, steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed
     texts = [to_symbols(f"{r.prompt_text} {r.text}", config.vocabulary) for r in requests]
     plans = [plan(dit, len(prompt), r, speed) for prompt, r in zip(prompts, requests)]
     totals = [max(total, len(text) + 1) for (total, _), text in zip(plans, texts)]  # symbols may outnumber bytes
-
-    def noise(i: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {requests[i].text}".encode()))
-        return torch.randn(totals[i], config.latent_dim, generator=generator)
+    draws = [torch.Generator().manual_seed(zlib.crc32(f"{seed} {r.text}".encode())) for r in requests]
+    noises = [torch.randn(total, config.latent_dim, generator=draw) for total, draw in zip(totals, draws)]
 
     def pad(tensors, value=0.0) -> torch.Tensor:
         return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
@@ -129,18 +128,15 @@ def synthesize(dit, vae, requests, steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed
     results = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: totals[i])
     for batch in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
-        x = pad([noise(i) for i in batch])  # [B, N, D]
-        prompt = torch.zeros_like(x)
-        for row, i in zip(prompt, batch):
-            row[: len(prompts[i])] = prompts[i]
+        x = pad([noises[i] for i in batch])  # [B, N, D]
+        prompt = pad([F.pad(prompts[i], (0, 0, 0, totals[i] - len(prompts[i]))) for i in batch])  # [B, N, D]
         prompt_lengths = torch.tensor([len(prompts[i]) for i in batch], device=device)
         lengths = torch.tensor([totals[i] for i in batch], device=device)
         text = pad([texts[i] for i in batch], -1)
         starts = pad([plans[i][1] for i in batch], math.inf)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            inputs = (x, prompt, prompt_lengths, text, lengths)
-            latents = dit.destandardize(sample(dit, *inputs, steps, cfg, sway, starts))  # [B, N, D]
-        for z, i in zip(latents, batch):
+            latents = sample(dit, x, prompt, prompt_lengths, text, lengths, steps, cfg, sway, starts)  # [B, N, D]
+        for z, i in zip(dit.destandardize(latents), batch):
             first = max(0, len(prompts[i]) - vae.CONTEXT)  # of the prompt, only what the target's samples depend on
             wave = vae.decode(z[None, first : totals[i]])[0].cpu().numpy()
             wave = wave[(len(prompts[i]) - first) * config.hop :]

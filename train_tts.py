@@ -51,7 +51,7 @@ class Utterances(torch.utils.data.Dataset):
         latents = data.meta["latents"]
         self.mean = torch.tensor(latents["mean"])
         self.std = torch.tensor(latents["std"])
-        self.frames = data.counts("latents")
+        self.frames = np.diff(data.offsets["latents"])  # of each clip
         self.rate = data.rate / latents["hop"]
         self.clips = []
         self.too_long = []  # texts of more bytes than frames, which would be cut; joined clips have a space between
@@ -126,13 +126,9 @@ class Utterances(torch.utils.data.Dataset):
     def starts(self, run: list[int]) -> torch.Tensor:
         """The frame at which each byte begins; the space between two clips begins where the next clip does."""
         starts = []
-        before = 0
-        for i in run:
-            if before:
-                starts.append(torch.tensor([float(before)]))
-            starts.append(before + float(self.rate) * self.data.get("starts", i))
-            before += int(self.frames[i])
-        return torch.cat(starts)
+        for i, before in zip(run, np.cumsum([0, *self.frames[run]]).tolist()):
+            starts += [torch.tensor([float(before)]), before + self.rate * self.data.get("starts", i)]
+        return torch.cat(starts[1:])  # no space before the first clip
 
     def features(self, run: list[int]) -> torch.Tensor:
         """SSL features at the latents' rate."""
@@ -241,18 +237,14 @@ class Objective(nn.Module):
         self.hidden = hidden
 
     def forward(self, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None, features=None):
-        """A batch → the losses [3] (flow matching, durations, hidden alignment) as sums over the span's frames,
-        and the number of those frames. Each utterance weighs by its span's frames: ranks and
-        micro-batches change nothing but HiddenAlignment."""
+        """A batch → the losses [3] (flow matching, durations, hidden alignment) as sums over the span's frames, and
+        their number. An utterance weighs by its span's frames: ranks and micro-batches change HiddenAlignment alone."""
         read = self.hidden.blocks if self.hidden else ()
         batch = (x, noise, t, span, text, lengths, drop_prompt, drop_text, starts)
         error, frames, *states = flow_matching_loss(self.dit, *batch, read)
-        durations = torch.zeros(len(x), device=x.device)
-        if starts is not None:
-            durations = duration_loss(self.dit.durations(text), text, starts, lengths)  # [B]
-        hidden = torch.zeros(len(x), device=x.device)
-        if self.hidden:
-            hidden = self.hidden(*states, text, lengths, features)  # [B]
+        zeros = torch.zeros(len(x), device=x.device)  # [B]
+        durations = duration_loss(self.dit.durations(text), text, starts, lengths) if starts is not None else zeros
+        hidden = self.hidden(*states, text, lengths, features) if self.hidden else zeros
         share = span.sum(1)  # [B]
         return torch.stack([error, (durations * share).sum(), (hidden * share).sum()]), frames
 
@@ -385,8 +377,7 @@ def validate(dit: DiT, examples: Utterances, device, clips: int = 32) -> float:
 
 
 def fixed_requests(data: Data, count: int) -> list[Request]:
-    """Validation clips spread over the speakers, each to be said after another validation clip of its speaker (of
-    itself, if there is none)."""
+    """Validation clips spread over the speakers, each said after another of its speaker's (after itself, if alone)."""
     requests = []
     for i in data.spread("valid", count):
         same = [j for j in data.split("valid") if data.clips[j]["speaker"] == data.clips[i]["speaker"] and j != i]
@@ -400,29 +391,23 @@ def moved(batch: dict, device) -> dict:
 
 
 def open_data(args) -> tuple[DiT | None, Data, dict]:
-    """The DiT to go on from (--resume, --init), if any; the data with the arrays that the training needs; and what a
-    resumed run must find unchanged."""
+    """The DiT to go on from, if any; the data with the arrays needed; what a resumed run must find unchanged."""
     source = args.out if args.resume else args.init  # a run that goes on no longer needs what it began with
     dit = DiT.from_pretrained(source).train() if source else None
     if dit and dit.config.vocabulary:
         raise InputError(f"--init {source} has a vocabulary, like F5-TTS's: only models of bytes are trained here")
-    place = args.text_place or PRESETS[args.preset or "demo"]["dit"].get("text_place", "left")
-    if dit:
-        place = dit.config.text_place
-        if args.text_place not in (None, place):
-            raise InputError(f"{source} has its text placed {place}, not {args.text_place}: drop --text-place")
+    usual = dit.config.text_place if dit else PRESETS[args.preset or "demo"]["dit"].get("text_place", "left")
+    place = args.text_place or usual
+    if dit and place != usual:
+        raise InputError(f"{source} has its text placed {usual}, not {place}: drop --text-place")
     args.text_place = place
     vae_hash = ""  # the newest latents
     if args.resume:
         vae_hash = dit.config.vae_hash
     elif args.vae:
         vae_hash = SemanticVAE.from_pretrained(args.vae).latents_hash()
-    need = ["audio", "latents"]
-    if place == "aligned":
-        need.append("starts")
-    if args.align_hidden:
-        need.append("ssl")
-    data = Data(args.data, need, vae_hash)
+    need = dict(audio=True, latents=True, starts=place == "aligned", ssl=args.align_hidden)
+    data = Data(args.data, [name for name, needed in need.items() if needed], vae_hash)
     latents = data.meta["latents"]
     statistics = zlib.crc32(json.dumps([latents["mean"], latents["std"]]).encode())
     aligner = data.meta["starts"]["revision"] if place == "aligned" else None
@@ -476,8 +461,7 @@ def make_dit(args, dit: DiT | None, data: Data, train: Utterances, rank: int) ->
             print(f"{args.init} spoke in latents of {found['vae_hash']}: it must learn those of {facts['vae_hash']}")
         dit.config = dataclasses.replace(dit.config, **facts)
     else:
-        settings = PRESETS[args.preset]["dit"] | facts | dict(text_place=args.text_place)
-        dit = DiT(DiTConfig(**settings))
+        dit = DiT(DiTConfig(**PRESETS[args.preset]["dit"] | facts | dict(text_place=args.text_place)))
     dit.latent_mean.copy_(train.mean)
     dit.latent_std.copy_(train.std)
     return dit

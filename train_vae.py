@@ -31,8 +31,7 @@ from prepare import (DRAWS, ORDER, TRAINING, Data, Run, at_least, check_run, cli
                      update_ema, write_wave)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: crop number k of the whole training is a pure function of (seed, k), whatever the ranks, workers and
-# resumptions.
+# Data: crop k of the whole training is a pure function of (seed, k), whatever the ranks, workers and resumptions.
 
 
 class Crops(torch.utils.data.Dataset):
@@ -413,7 +412,7 @@ def main(argv=None):
         discriminators.requires_grad_(True)
         norm, skipped_too = clipped_step(optimizer, [*vae.parameters(), *reader.parameters()], MAX_NORM)
         run.note(grad=norm, skipped=torch.maximum(skipped, skipped_too), lr=rate)
-        update_ema(ema, vae, args.ema, step)  # its decay rises from 0: short runs do not remember their start
+        update_ema(ema, vae, args.ema, step)
         run.audio += seconds * (per_early_step if step < early else per_step)
         if run.evaluating:
             run.score(evaluate, ema, reader if step < early else None, data, clips, mel, args.out / "samples", step + 1)
