@@ -194,17 +194,19 @@ class LogMel(nn.Module):
     """F5-TTS's frames, in place of an encoder: log of mel magnitudes (HTK scale), clamped at 1e-5, of windows of 1024
     samples centred on every hop-th sample. No parameters."""
 
+    WINDOW = 1024
+
     def __init__(self, sample_rate: int, bands: int, hop: int):
         super().__init__()
         self.hop = hop
         with torch.device("cpu"):
-            bank = torchaudio.functional.melscale_fbanks(513, 0, sample_rate / 2, bands, sample_rate).T
+            bank = torchaudio.functional.melscale_fbanks(self.WINDOW // 2 + 1, 0, sample_rate / 2, bands, sample_rate).T
         self.register_buffer("bank", bank, persistent=False)
 
     def forward(self, wave):  # [B, 1, T]
-        hann = torch.hann_window(1024, device=wave.device)
+        hann = torch.hann_window(self.WINDOW, device=wave.device)
         with torch.autocast(wave.device.type, enabled=False):  # bfloat16 has eight bits, too few for audio
-            spectrum = torch.stft(wave[:, 0].float(), 1024, self.hop, window=hann, return_complex=True)
+            spectrum = torch.stft(wave[:, 0].float(), self.WINDOW, self.hop, window=hann, return_complex=True)
             return (self.bank @ spectrum.abs()[..., :-1]).clamp(min=1e-5).log()  # [B, bands, N]
 
 
@@ -444,7 +446,7 @@ class UpwardAlignmentHead(nn.Module):
 
     def loss(self, z, aligned, valid):
         """mean ReLU(0.5 - cos(Wz_i, f_i)) + mean ReLU(|cos(z_i, z_j) - cos(f_i, f_j)| - 0.25) over the valid frames i,
-        and pairs of frames i, j, of an utterance; then over the batch."""
+        and pairs of frames i, j, of an utterance; then over the batch. The margins, 0.5 and 0.25, are VA-VAE's."""
         projected, features = aligned
         frames = F.relu(0.5 - F.cosine_similarity(projected, features, dim=-1))  # [B, N]
         z = F.normalize(z, dim=-1)

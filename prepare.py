@@ -852,8 +852,8 @@ class Unbroken:
 
 
 def leave(code: int) -> None:
-    """End the process here. Tearing an interpreter down beside torch's threads has crashed, after all was saved; to
-    leave its group in order, NCCL would wait for ranks that wait for this one."""
+    """End the process at once. Python's own way out has crashed in torch's libraries, after all was saved; and of a
+    rank that failed, it would wait in NCCL for ranks that wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

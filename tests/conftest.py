@@ -28,7 +28,7 @@ from model import PRESETS
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # the tests are small: a second thread costs more than it gives
 prepare.Aligner.WORST = -math.inf  # the small world's recogniser knows nothing
-PRESETS["demo"]["vae"] |= dict(encoder_dim=4, decoder_dim=64)  # a tenth of the work; scripts that tests start have all of it
+PRESETS["demo"]["vae"] |= dict(encoder_dim=4, decoder_dim=64)  # smaller; scripts that tests start as processes have the preset as it is
 PRESETS["demo"]["dit"] |= dict(width=64, depth=3, heads=1, text_dim=32)
 RATE = 16000
 # Pairs, and a last one alone: so that results are the same on every CPU.
