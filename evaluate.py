@@ -46,8 +46,9 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4
 
 def normalize(text: str) -> str:
     """The seed-tts-eval rule: every punctuation character removed (apostrophes too), single spaces, lower case."""
+    text = unicodedata.normalize("NFC", text)
     kept = (c for c in text if c not in string.punctuation and unicodedata.category(c)[0] != "P")
-    return " ".join("".join(kept).split()).lower()
+    return " ".join("".join(c for c in kept if unicodedata.category(c) != "Cf").split()).lower()
 
 
 def unspaced(text: str) -> bool:
@@ -511,12 +512,14 @@ def main(argv=None):
     if reconstruct:
         signature += f" vae={reconstruct.vae.content_hash()}"
     if args.generated:
-        signature += "".join(f" {k}={made.get(k, '?')}" for k in ("tts", "seed", "steps", "cfg", "sway", "speed"))
+        made["decoder"] = made.get("vae", "?")
+        names = ("tts", "decoder", "seed", "steps", "cfg", "sway", "speed", "bf16")
+        signature += "".join(f" {name}={made.get(name, '?')}" for name in names)
 
     # ---- this rank's utterances; a record is kept as soon as it is made
     work = args.out.with_name(args.out.name + ".work")
     files = zlib.crc32(repr([lines, *map(file_stamp, recordings)]).encode())
-    key = f"{signature} {files} {args.audio} {args.generated}"
+    key = f"{signature} {files} {args.audio} {args.generated} {args.language}"
     done = read_records(work, key)
     held = lock(work) if rank == 0 else None
     barrier()  # all ranks have seen the same records before the next is written

@@ -36,6 +36,7 @@ import sys
 import time
 import traceback
 import unicodedata
+import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.fx.experimental._config
 import torchaudio
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,12 +69,16 @@ DEMO = Path(__file__).resolve().parent / "demo"
 # Text, audio and time.
 
 
+JOINERS = "\u200c\u200d"  # which change how a word is written; other invisible marks (soft hyphens, …) say nothing
+
+
 def normalize_text(text: str, mode: str) -> str:
     """NFC, straight apostrophes, single spaces; "plain" also lower-cases and removes punctuation (all but apostrophes
     inside words). sample.py applies the mode kept in the checkpoint: a model is asked only what it was taught."""
     if any(0xD800 <= ord(c) < 0xE000 for c in text):
         raise InputError(f"not UTF-8: {text!r}")
     text = unicodedata.normalize("NFC", text).replace("’", "'")
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf" or c in JOINERS)
     if mode == "plain":
         text = "".join(c if unicodedata.category(c)[0] in "LMN" or c == "'" else " " for c in text.lower())
         text = " ".join(word.strip("'") for word in text.split())
@@ -452,7 +458,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def columns(line: str, mark: str) -> list[str]:
-    return next(csv.reader([line.replace("\r", " ")])) if mark == "," else line.split(mark)
+    return next(csv.reader([line.replace("\r", " ")], strict=True)) if mark == "," else line.split(mark)
 
 
 def from_manifest(path: Path):
@@ -464,6 +470,8 @@ def from_manifest(path: Path):
     if not mark:
         raise InputError(f"{path} has no columns audio and text: its first line is {header!r}, expected "
                          f"audio|speaker|text. To convert it: {CONVERT}")
+    if len(set(names)) < len(names):
+        raise InputError(f"{path} has two columns of one meaning: its first line is {header!r}")
     for n, line in rows:
         values = columns(line, mark)
         if len(values) != len(names):
@@ -532,10 +540,12 @@ def list_clips(source: Path, alone: bool = True) -> list[tuple]:
     """All clips of a manifest or folder, sorted by id. Beside other sources, ids and unnamed voices get its name."""
     if not source.exists():
         raise InputError(f"no such file or folder: {source}")
-    readers = [read for pattern, read in LAYOUTS.items() if next(below(source, pattern), None)]
-    read = from_manifest if source.is_file() else next(iter(readers), None)
-    if not read:
+    found = [pattern for pattern in LAYOUTS if next(below(source, pattern), None)]
+    if not found and not source.is_file():
         raise InputError(f"no speech found in {source} (looked for {', '.join(LAYOUTS)})")
+    if len(found) > 1 and found[0] != "manifest.csv":
+        raise InputError(f"{source} holds several corpora ({', '.join(found)}): name the folder of each")
+    read = from_manifest if source.is_file() else LAYOUTS[found[0]]
     try:
         clips = sorted(read(source))
         "".join(name + speaker for name, _, speaker, _, _ in clips).encode()
@@ -608,7 +618,8 @@ def read_clip(clip, args) -> tuple[bytes, str, int]:
     for why, found in checks.items():
         if found:
             return b"", why, 0
-    return (wave.clip(-1, 1) * 32767).round().astype(np.int16).tobytes(), "", sf.info(path).samplerate
+    wave = wave / max(1, np.abs(wave).max())
+    return (wave * 32767).round().astype(np.int16).tobytes(), "", sf.info(path).samplerate
 
 
 def fill_audio(clips, args, rank: int, world: int) -> None:
@@ -753,11 +764,23 @@ def from_hub(what: str, name: str, *kinds: str) -> list:
     flag = {"SSL model": "--ssl", "aligner": "--aligner", "recogniser": "--asr", "speaker model": "--sim"}[what]
     transformers.utils.logging.set_verbosity_error()  # an unused CTC head is not worth a page of warning
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # WavLM's masks: right all the same
     try:
         if str(name).startswith(LOCAL) and not Path(name).exists():
             raise OSError("no such folder")
-        return [getattr(transformers, f"Auto{kind}").from_pretrained(name) for kind in kinds]
-    except (OSError, ValueError, KeyError) as e:
+        loaded = []
+        for kind in kinds:
+            auto = getattr(transformers, f"Auto{kind}")
+            if kind.startswith("Model"):
+                model, info = auto.from_pretrained(name, output_loading_info=True)
+                missing = [key for key in info["missing_keys"] if not key.endswith("masked_spec_embed")]
+                if missing:
+                    raise ValueError(f"it is no {kind}, its weights lack {', '.join(sorted(missing)[:2])}")
+                loaded.append(model)
+            else:
+                loaded.append(auto.from_pretrained(name))
+        return loaded
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
         why = str(e).splitlines()[0]
         raise InputError(f"cannot load the {what} {name}: {why}: if it was moved, name it with {flag}") from e
 
@@ -958,12 +981,12 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> a
         if there[:2] != ["args.json", "state.pt"]:
             raise InputError(f"{known.out} holds no run to resume (args.json and state.pt): begin it without --resume")
         saved = read_json(known.out / "args.json")
-        parser.set_defaults(**{name: in_demo(value) for name, value in saved.items()})
+        parser.set_defaults(**{name: in_demo(value) for name, value in saved.items()} | dict(out=known.out))
     else:
         if "state.pt" in there:
             raise InputError(f"{known.out} already holds a run: add --resume to go on with it, or choose another --out")
-        if there and not (known.out / ".lock").exists():
-            raise InputError(f"{known.out} holds a {there[0]}, but no run that was begun here: choose another --out")
+        if "model.safetensors" in there or there and not (known.out / ".lock").exists():
+            raise InputError(f"{known.out} holds a {there[0]}, but no state.pt to go on from: choose another --out")
         parser.set_defaults(**PRESETS[known.preset or "demo"][kind])
     return parser.parse_args(argv)
 
@@ -1316,7 +1339,7 @@ def main(argv=None):
         begun = meta.get("ssl") or dict(model=meta["teacher"], layer=meta["layer"])
         args.ssl = begun["model"]
         args.layer = begun["layer"] if args.layer is None else args.layer
-    args.aligner = args.aligner or in_demo(meta.get("aligner"))
+    args.aligner = args.aligner or in_demo(meta.get("starts", meta).get("aligner"))
     if args.ssl != "none":
         args.layer = -1 if args.layer is None else args.layer
         fill_ssl(args, rank, world, device)

@@ -244,6 +244,13 @@ def normalized(text: str, mode: str, what: str) -> str:
     return text
 
 
+def warn_of_unknown(texts: list[str], notes: dict) -> None:
+    """Bytes can spell what no training text had: the model says something, but hardly that."""
+    unknown = sorted(set("".join(texts)) - set(notes.get("characters", "".join(texts))))
+    if unknown:
+        print(f"the training texts had no {' '.join(unknown)}: what the model says there is a guess")
+
+
 def make_requests(args, dit: DiT, device) -> list[Request]:
     """The text in pieces that fit after the prompt."""
     rate = dit.config.sample_rate
@@ -276,10 +283,11 @@ def make_requests(args, dit: DiT, device) -> list[Request]:
     return requests
 
 
-def say(args, dit, vae, generate, device) -> None:
+def say(args, dit, vae, generate, notes, device) -> None:
     """One text in one voice."""
     rate = dit.config.sample_rate
     requests = make_requests(args, dit, device)
+    warn_of_unknown([request.text for request in requests], notes)
     asr = Recognizer(args.asr, device, args.language) if args.takes > 1 else None
     text = " ".join(request.text for request in requests)
     part = args.out.with_stem(args.out.stem + ".part")
@@ -292,7 +300,10 @@ def say(args, dit, vae, generate, device) -> None:
             for i in trange(0, len(requests), args.batch_size, desc="batches", disable=short):
                 waves += generate(dit, vae, requests[i : i + args.batch_size], seed=args.seed + take)
         except KeyboardInterrupt:
-            if waves:
+            if takes:
+                write_wave(part, min(takes)[2], rate)
+                print(f"{part}: the best of {len(takes)} takes")
+            elif waves:
                 write_wave(part, join(waves, rate), rate)
                 following = requests[len(waves)].text
                 print(f"{part}: the first {len(waves)} of {len(requests)} pieces; the next is {following!r}")
@@ -349,6 +360,7 @@ def say_list(args, dit, vae, generate, notes, rank, world) -> None:
     barrier()  # all ranks have seen the same files before the first is written
     if rank == 0:
         print(f"{len(lines)} lines, {len(there)} there already")
+        warn_of_unknown([normalize_text(line.text, dit.config.text) for line in todo], notes)
         write_json(stamp, settings | dict(said=before | said))
     todo = sorted(todo, key=lambda line: line.ref_seconds + line.gen_seconds)[rank::world]
     start = time.time()
@@ -399,6 +411,8 @@ def parse_args(argv=None):
             raise InputError(f"--{name.replace('_', '-')} has no use {which} --list: drop it")
     if args.list:
         return args
+    if args.duration and args.speed != 1:
+        raise InputError("--duration says how long the result is: drop --speed")
     if args.out.suffix.lower() not in FORMATS:
         raise InputError(f"--out {args.out}: expected a file that ends in {', '.join(FORMATS)}")
     if args.ref_text is not None and not args.ref:
@@ -430,7 +444,7 @@ def main(argv=None):
     if args.list:
         say_list(args, dit, vae, generate, notes, rank, world)
     elif rank == 0:
-        say(args, dit, vae, generate, device)
+        say(args, dit, vae, generate, notes, device)
 
 
 if __name__ == "__main__":

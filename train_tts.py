@@ -286,6 +286,7 @@ def main(argv=None):
     notes = dict(
         vae=os.path.relpath(vae_folder.resolve(), args.out.resolve()) if vae_folder.is_dir() else str(vae_folder),
         data=data.meta["sources"],
+        characters="".join(sorted(set("".join(data.clips[i]["text"] for i in train.clips)))),
         sampling=dict(steps=args.sample_steps, cfg=args.sample_cfg),
     )
     columns = ["loss", "durations", "hidden", "grad", "valid_loss", "cer", "wer", "intelligible"]

@@ -284,7 +284,9 @@ def main(argv=None):
     if args.unit_latents and not (args.resume or args.init or args.mel):
         unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
     discriminators = make_discriminators(args).to(device)
-    early = 0 if args.mel else args.encoder_steps  # the steps in which the encoder learns alone
+    early = 0 if args.mel or not args.encoder_lr else args.encoder_steps  # the steps in which the encoder learns alone
+    if early >= args.steps:
+        raise InputError(f"--steps {args.steps} ends within --encoder-steps {early}: the decoder would learn nothing")
     reader = LatentReader(vae.config, ssl["dim"] if with_ssl and args.teacher_weight else 0).to(device)
     if early and with_ssl and args.teacher_weight:
         features = torch.cat([crops[k]["features"] for k in range(64)])

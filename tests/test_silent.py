@@ -94,10 +94,20 @@ def test_weights_that_we_did_not_train_here_are_not_replaced(train, name, world,
     for lacking in ("log.csv", "args.json", "model.safetensors"):
         before = {p.name: p.read_bytes() for p in there.iterdir() if p.is_file()}
         for init in (["--init", there], []):
-            fails(train.main, ["--data", world.data, "--out", there, *init], "but no run that was begun here: choose another --out")
+            fails(train.main, ["--data", world.data, "--out", there, *init], "but no state.pt to go on from: choose another --out")
         fails(train.main, ["--resume", "--out", there], "holds no run to resume")
         assert {p.name: p.read_bytes() for p in there.iterdir() if p.is_file()} == before
         (there / lacking).unlink()
+
+
+@pytest.mark.parametrize("train, name", [(train_vae, "vae"), (train_tts, "tts")])
+def test_a_copied_run_goes_on_where_it_is_and_a_finished_one_is_not_begun_anew(train, name, world, tmp_path, fails):
+    there = shutil.copytree(getattr(world, name), tmp_path / "copy")
+    before = (getattr(world, name) / "state.pt").read_bytes()
+    train.main(["--resume", "--out", str(there), "--steps", "3"])
+    assert (getattr(world, name) / "state.pt").read_bytes() == before != (there / "state.pt").read_bytes()
+    (there / "state.pt").unlink()  # to save disk
+    fails(train.main, ["--data", world.data, "--out", there], "holds a args.json, but no state.pt to go on from")
 
 
 def test_a_file_is_what_its_suffix_says(world, tmp_path, fails):
@@ -173,6 +183,27 @@ def test_a_teacher_whose_weights_changed_is_refused(world, tmp_path, fails):
     fails(prepare.main, ["--out", tmp_path / "out"], "holds other weights")
 
 
+def test_models_that_lack_what_is_asked_of_them_are_refused(world, tmp_path, fails):
+    """A head that is not in the file would be random; a pointer in place of weights; and a chosen aligner stays chosen."""
+    from transformers import AutoModel, AutoModelForCTC
+
+    score = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--out", tmp_path / "s.csv"]
+    fails(evaluate.main, [*score, "--sim", world.ssl], "cannot load the speaker model", "it is no ModelForAudioXVector, its weights lack")
+    headless = shutil.copytree(world.ssl, tmp_path / "headless")
+    AutoModel.from_pretrained(world.ssl).save_pretrained(headless)
+    data = shutil.copytree(world.data, tmp_path / "data")
+    fails(prepare.main, ["--out", data, "--aligner", headless], "its weights lack lm_head")
+    (headless / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    fails(prepare.main, ["--out", data, "--aligner", headless], "cannot load the aligner")
+    other = shutil.copytree(world.ssl, tmp_path / "other")
+    model = AutoModelForCTC.from_pretrained(other)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(other)
+    prepare.main(["--out", str(data), "--aligner", str(other)])
+    prepare.main(["--out", str(data), "--vae", str(world.vae)])
+    assert Data(data).meta["starts"]["aligner"] == str(other)
+
+
 @pytest.mark.parametrize("third", ["1.5", "17", "p225"])
 def test_a_third_column_that_is_no_reading_of_the_second_is_refused(third, tmp_path, fails):
     corpus = corpus_of(tmp_path / "in", f"a|One small bird.|{third}\nb|By the river.|{third}\n")
@@ -203,6 +234,35 @@ def test_a_table_without_a_header_is_refused_with_what_converts_it(tmp_path, fai
     table.write_text("a|one small bird|wavs/b.wav|by the river\n")
     fails(prepare.main, [table, "--out", tmp_path / "out", "--ssl", "none"], "has no columns audio and text", "awk -F'|'")
     fails(sample.main, ["--list", table], "six tab-separated columns", "awk -F'|'")
+
+
+@pytest.mark.parametrize("header, table, words", [
+    ("file_name,text", 'wavs/a.wav,"one\nsmall bird"\nwavs/b.wav,by the river\n', "unexpected end of data"),
+    ("audio|text|transcription", "wavs/a.wav|a|b\n", "two columns of one meaning"),
+])  # fmt: skip
+def test_a_table_that_can_be_read_in_two_ways_is_refused(header, table, words, tmp_path, fails):
+    fails(prepare.main, [corpus_of(tmp_path / "in", table, header, "manifest.csv"), "--out", tmp_path / "out", "--ssl", "none"], words)
+
+
+def test_two_corpora_in_a_folder_are_refused(tmp_path, fails):
+    for name in ("LibriTTS/84/121/84_121_0.normalized.txt", "LibriSpeech/84/121/84-121.trans.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("84-121-0 ONE BIRD\n")
+    fails(prepare.main, [tmp_path, "--out", tmp_path / "out", "--ssl", "none"], "holds several corpora", "name the folder of each")
+
+
+def test_invisible_characters_and_other_compositions_change_nothing():
+    assert prepare.normalize_text("syn\u00adthesis to\u200bday \ufeffcafe\u0301", "raw") == "synthesis today café"
+    assert prepare.normalize_text("نمی\u200cدانم", "raw") == "نمی\u200cدانم"  # a joiner is spelling
+    assert evaluate.error_rates(["cafe\u0301 bi\u00adrd"], ["café bird"]) == dict(cer=0, wer=0)
+
+
+def test_a_loud_float_recording_keeps_its_shape(tmp_path):
+    corpus = corpus_of(tmp_path / "in", "loud.wav|s|one bird", "audio|speaker|text", "manifest.csv")
+    sf.write(corpus / "loud.wav", 20 * tone(1, 2), RATE, subtype="FLOAT")
+    prepared(tmp_path, corpus)
+    audio = Data(tmp_path / "out").get("audio", 0).numpy()
+    assert np.abs(audio).max() == 1 and np.corrcoef(audio, tone(1, 2))[0, 1] > 0.9999
 
 
 def test_a_line_ends_at_a_line_feed_alone(tmp_path):
@@ -343,6 +403,7 @@ def test_what_is_given_is_used_or_refused(world, tmp_path, fails):
     fails(sample.main, speak(world, *out, "--text", "a", "--text-file", tmp_path / "said.txt"), "not allowed with argument --text")
     fails(sample.main, speak(world, *out, "--text-file", tmp_path / "absent"), "can't open", "absent")
     fails(sample.main, speak(world, *out, *ref, "--text", "bird", "--language", "klingon"), "knows no --language klingon")
+    fails(sample.main, speak(world, *out, *ref, *WORDS, "--duration", 1, "--speed", 2), "--duration says how long the result is: drop --speed")
     listed = ["--tts", world.tts, "--list", world.corpus / "test.lst"]
     for flag, value in dict(takes=2, duration=1, text="a", ref="a.wav", asr="other", language="de").items():
         fails(sample.main, [*listed, f"--{flag}", value], f"--{flag} has no use with --list")
@@ -430,6 +491,19 @@ def test_an_interrupted_long_text_keeps_what_was_said(world, tmp_path, monkeypat
     assert sf.info(tmp_path / "a.part.wav").frames and not (tmp_path / "a.wav").exists()
     sample.main(speak(world, *ref))
     assert sf.info(tmp_path / "a.wav").frames > sf.info(tmp_path / "a.part.wav").frames
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(speak(world, *ref, "--takes", 3))
+    assert "a.part.wav: the best of 1 takes" in capsys.readouterr().out
+    assert sf.info(tmp_path / "a.part.wav").frames == sf.info(tmp_path / "a.wav").frames
+
+
+def test_characters_that_no_training_text_had_are_said(world, tmp_path, capsys):
+    out = ["--ref", world.corpus / "audio" / "3.wav", "--ref-text", "one small bird", "--out", tmp_path / "a.wav"]
+    sample.main(speak(world, *out, "--text", "by the Привет"))
+    assert "the training texts had no в е и п р т:" in capsys.readouterr().out
+    sample.main(speak(world, *out, "--text", "by the river"))
+    assert "the training texts" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ scores that mislead
@@ -450,6 +524,24 @@ def test_the_english_normaliser_is_for_english(world, tmp_path, capsys):
         evaluate.main([str(a) for a in (*score, "--language", language)])
         table = capsys.readouterr().out
         assert "CER %" in table and ("Whisper-norm. WER %" in table) == (language == "en") and "by the demo's own scorers" not in table
+
+
+def test_an_interrupted_table_in_another_language_is_made_anew(world, tmp_path, monkeypatch):
+    score = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--limit", 2]
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(evaluate, "write_scores", lambda *_: {}["killed"])
+        evaluate.main([str(a) for a in score])
+    evaluate.main([str(a) for a in (*score, "--language", "de")])
+    assert "wer_whisper" in (tmp_path / "s.csv").read_text() and ",," in (tmp_path / "s.csv").read_text()
+
+
+def test_the_signature_names_the_decoder(world, tmp_path, capsys):
+    said = tmp_path / "said"
+    sample.main(["--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--limit", "1", "--steps", "1", "--out", str(said)])
+    score = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv", "--limit", 1]
+    evaluate.main([str(a) for a in (*score, "--generated", said)])
+    notes = json.loads((said / "settings.json").read_text())
+    assert f" decoder={notes['vae']} " in (out := capsys.readouterr().out) and f" bf16={notes['bf16']}" in out
 
 
 def test_a_table_by_the_demos_scorers_says_so(world, tmp_path, capsys, monkeypatch):

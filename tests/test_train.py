@@ -240,10 +240,10 @@ def test_training_lowers_its_losses(world, tmp_path):
     train_vae.main(VAE(world, tmp_path / "vae", steps=20, eval_every=20, log_every=5, adv_weight=0, lr=1e-3))
     mel = [float(r["mel"]) for r in rows(tmp_path / "vae")]
     assert mel[-1] < 0.8 * mel[0], mel
-    early = dict(steps=20, encoder_steps=20, lr=1e-2, eval_every=20, log_every=5)
+    early = dict(steps=21, encoder_steps=20, lr=1e-2, eval_every=20, log_every=5)
     train_vae.main(VAE(world, tmp_path / "early", **early))
     for term, factor in (("mel", 0.8), ("teacher", 0.98)):
-        told = [float(r[term]) for r in rows(tmp_path / "early")]
+        told = [float(r[term]) for r in rows(tmp_path / "early")[:-1]]  # the last is the decoder's
         assert told[-1] < factor * told[0], (term, told)
     train_tts.main(TTS(world, tmp_path / "tts", steps=50, eval_every=10, eval_sentences=0, log_every=5, warmup=3, lr=2e-3) + ["--align-hidden"])
     valid = [float(r["valid_loss"]) for r in rows(tmp_path / "tts") if r["valid_loss"]]
@@ -293,8 +293,12 @@ def test_what_ranks_cannot_share_is_named(world, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(train_vae, "start_ranks", lambda *args: (0, 2, torch.device("cpu")))
     monkeypatch.setattr(prepare.dist, "new_group", lambda **options: None)
     fails(train_vae.main, VAE(world, tmp_path / "a", batch_seconds=1.2), "--batch-seconds 1.2 is 3 crops")
-    odd = EARLY | dict(encoder_batch_seconds=2)
+    odd = EARLY | dict(encoder_batch_seconds=2, steps=3)
     fails(train_vae.main, VAE(world, tmp_path / "b", **odd), "--encoder-batch-seconds 2", "5 crops")
+
+
+def test_a_decoder_that_would_learn_nothing_is_refused(world, tmp_path, fails):
+    fails(train_vae.main, VAE(world, tmp_path / "a", **EARLY), "--steps 2 ends within --encoder-steps 2")
 
 
 # ------------------------------------------------------------------------------------------ text where it is said
@@ -449,7 +453,8 @@ def test_fine_tuning_starts_from_the_given_weights(world, tmp_path, capsys, fail
 
 
 def test_a_decoder_trained_alone_keeps_the_latents(world, tmp_path):
-    train_vae.main(VAE(world, tmp_path, steps=3, eval_every=3, lr=1e-3) + ["--init", str(world.vae), "--encoder-lr", "0"])
+    """Also where the preset has the encoder learn first."""
+    train_vae.main(VAE(world, tmp_path, **EARLY | dict(steps=3), eval_every=3, lr=1e-3) + ["--init", str(world.vae), "--encoder-lr", "0"])
     before, after = SemanticVAE.from_pretrained(world.vae), SemanticVAE.from_pretrained(tmp_path)
     assert after.latents_hash() == before.latents_hash() and after.content_hash() != before.content_hash()
     assert all((p != q).any() for (name, p), q in zip(before.named_parameters(), after.parameters()) if name.startswith("decoder.ups"))
