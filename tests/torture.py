@@ -128,6 +128,8 @@ def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
     for name, (script, flags, file, loads, result) in commands.items():
         def run(out):
             resume = script in (train_vae, train_tts) and (out / "state.pt").exists()
+            if not resume and (out / "model.safetensors").exists():  # killed between the first weights and their state: refused
+                shutil.rmtree(out)
             return fork(lambda: script.main(["--resume", "--out", str(out)] if resume else [*flags, "--out", str(out / file)]), log)
 
         straight, broken = root / f"straight-{name}", root / f"broken-{name}"
