@@ -769,8 +769,8 @@ class Attention(nn.Module):
     """softmax(R(q) R(k)ᵀ / √d) v over the frames inside, with R the rotary position, in every head.
 
     Padding is masked, so that an utterance's result is the same in any batch. attn_mask would rule out the fastest
-    kernels. Instead q, k and v get eight more channels (those kernels want multiples of 8): 1 in q, 0 in v, −10,000 in
-    k at padding, whose weight becomes 0."""
+    kernels. Instead q, k and v get eight more channels (those kernels want multiples of 8): 1 in q, 0 in v, and in k
+    −10,000 at padding, whose weight becomes 0."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
