@@ -112,7 +112,7 @@ def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
     world = World.__new__(World)  # its folders, made by the child: this process must start no threads before it forks
     for name in ("corpus", "ssl", "sv", "data", "vae", "tts"):
         setattr(world, name, root / name)
-    long = lambda flags, **more: [x for pair in (dict(zip(flags[::2], flags[1::2])) | more).items() for x in pair]
+    long = lambda flags, **more: [*(x for pair in (dict(zip(flags[::2], flags[1::2])) | more).items() for x in pair), flags[-1]]
     steps = {"--steps": "10", "--eval-every": "2", "--log-every": "1"}
     lines = [f"audio/{a}.wav\t1\tone small bird sang\taudio/{b}.wav\t1\tby the river" for a, b in ((i % 5, i) for i in range(9))]
     (root / "corpus" / "all.lst").write_text("\n".join(lines) + "\n")
