@@ -275,6 +275,7 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path):
         if layout == "librispeech":
             sf.write(corpus / "wavs" / "a.flac", tone(1, 0), RATE)
             (corpus / "wavs" / "s.trans.txt").write_bytes(f"a {text}\n".encode())
+            (corpus / "metadata.csv").unlink()
         clips, dropped = prepared(tmp_path, corpus, out=f"out-{layout}")
         assert next(iter(clips.values()))["text"] == "one small small small small" and not dropped
     (tmp_path / "a.lst").write_text(f"a\t1\t{text}\tb\t1\t{text}\n", encoding="utf-8", newline="")

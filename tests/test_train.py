@@ -553,7 +553,7 @@ def test_paper_presets_take_a_step(world, tmp_path):
     vae = SemanticVAE.from_pretrained(tmp_path / "vae")
     assert vae.config == VAEConfig(ssl_dim=32)  # the test's teacher is narrower than WavLM-Large
     assert sum(p.numel() for p in Discriminators().parameters()) == sum(np.prod(s) for s in json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["state_dict"].values())
-    train_tts.main(TTS(world, tmp_path / "tts", preset="paper", device="cpu", batch_seconds=3, steps=2, eval_every=2, eval_sentences=1))
+    train_tts.main(TTS(world, tmp_path / "tts", preset="paper", device="cpu", batch_seconds=3, steps=1, eval_every=1, eval_sentences=1))
     dit = DiT.from_pretrained(tmp_path / "tts")
     assert (dit.config.width, dit.config.depth, dit.config.heads, dit.config.text_dim, dit.config.text_place) == (768, 18, 12, 512, "left")
 
