@@ -45,10 +45,11 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4
 
 
 def normalize(text: str) -> str:
-    """The seed-tts-eval rule: every punctuation character removed (apostrophes too), single spaces, lower case."""
-    text = unicodedata.normalize("NFC", text)
+    """The seed-tts-eval rule: every punctuation character removed (apostrophes too), single spaces, lower case; after
+    NFC and without invisible marks, which are no errors."""
+    text = "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cf")
     kept = (c for c in text if c not in string.punctuation and unicodedata.category(c)[0] != "P")
-    return " ".join("".join(c for c in kept if unicodedata.category(c) != "Cf").split()).lower()
+    return " ".join("".join(kept).split()).lower()
 
 
 def unspaced(text: str) -> bool:
@@ -512,8 +513,8 @@ def main(argv=None):
     if reconstruct:
         signature += f" vae={reconstruct.vae.content_hash()}"
     if args.generated:
-        made["decoder"] = made.get("vae", "?")
-        names = ("tts", "decoder", "seed", "steps", "cfg", "sway", "speed", "bf16")
+        signature += f" decoder={made.get('vae', '?')}"
+        names = ("tts", "seed", "steps", "cfg", "sway", "speed", "bf16")
         signature += "".join(f" {name}={made.get(name, '?')}" for name in names)
 
     # ---- this rank's utterances; a record is kept as soon as it is made

@@ -73,8 +73,8 @@ JOINERS = "\u200c\u200d"  # which change how a word is written; other invisible 
 
 
 def normalize_text(text: str, mode: str) -> str:
-    """NFC, straight apostrophes, single spaces; "plain" also lower-cases and removes punctuation (all but apostrophes
-    inside words). sample.py applies the mode kept in the checkpoint: a model is asked only what it was taught."""
+    """NFC, straight apostrophes, single spaces, no invisible marks; "plain" also lower-cases and removes punctuation
+    (all but apostrophes inside words). sample.py applies the checkpoint's mode: a model is asked what it was taught."""
     if any(0xD800 <= ord(c) < 0xE000 for c in text):
         raise InputError(f"not UTF-8: {text!r}")
     text = unicodedata.normalize("NFC", text).replace("’", "'")
