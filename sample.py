@@ -244,10 +244,16 @@ def normalized(text: str, mode: str, what: str) -> str:
     return text
 
 
-def warn_of_unknown(texts: list[str], notes: dict) -> None:
-    """Bytes can spell what no training text had: the model says something, but hardly that."""
-    unknown = sorted(set("".join(texts)) - set(notes.get("characters", "".join(texts))))
-    if unknown:
+def warn_of_unknown(texts: list[str], notes: dict, vocabulary: str) -> None:
+    """Bytes can spell what no training text had: the model says something, but hardly that. A vocabulary cannot."""
+    found = sorted(set("".join(texts)))
+    if vocabulary:
+        unknown = [c for c in found if c != " " and to_symbols(c, vocabulary)[-1] == 0]
+    else:
+        unknown = sorted(set(found) - set(notes.get("characters", found)))
+    if unknown and vocabulary:
+        print(f"the vocabulary has no {' '.join(unknown)}: the model reads a space there")
+    elif unknown:
         print(f"the training texts had no {' '.join(unknown)}: what the model says there is a guess")
 
 
@@ -287,7 +293,7 @@ def say(args, dit, vae, generate, notes, device) -> None:
     """One text in one voice."""
     rate = dit.config.sample_rate
     requests = make_requests(args, dit, device)
-    warn_of_unknown([request.text for request in requests], notes)
+    warn_of_unknown([request.text for request in requests], notes, dit.config.vocabulary)
     asr = Recognizer(args.asr, device, args.language) if args.takes > 1 else None
     text = " ".join(request.text for request in requests)
     part = args.out.with_stem(args.out.stem + ".part")
@@ -360,7 +366,8 @@ def say_list(args, dit, vae, generate, notes, rank, world) -> None:
     barrier()  # all ranks have seen the same files before the first is written
     if rank == 0:
         print(f"{len(lines)} lines, {len(there)} there already")
-        warn_of_unknown([normalize_text(line.text, dit.config.text) for line in todo], notes)
+        texts = [normalize_text(line.text, dit.config.text) for line in todo]
+        warn_of_unknown(texts, notes, dit.config.vocabulary)
         write_json(stamp, settings | dict(said=before | said))
     todo = sorted(todo, key=lambda line: line.ref_seconds + line.gen_seconds)[rank::world]
     start = time.time()

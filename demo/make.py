@@ -317,36 +317,61 @@ def set_front_end(model):
     model.wavlm.feature_extractor._requires_grad = False  # of the waves themselves: a sixth of the time
 
 
+def hear(waves, folder):
+    """[T] at 16 kHz → float32 [frames, 512] of each, 50 a second and at least one more than fits, from Whisper's encoder
+    in CTranslate2's form; clips share windows of 30 s."""
+    import ctranslate2
+    from transformers import WhisperFeatureExtractor
+
+    whisper = ctranslate2.models.Whisper(str(folder), compute_type="int8", intra_threads=1)
+    mel = WhisperFeatureExtractor()
+    windows, at = [[]], 0
+    for i, wave in enumerate(waves):
+        if at + len(wave) > 30 * RATE:
+            windows.append([])
+            at = 0
+        windows[-1].append((i, at))
+        at += -(-(len(wave) + RATE // 4) // 320) * 320
+    told = {}
+    for window in windows:
+        audio = np.zeros(30 * RATE, np.float32)
+        for i, at in window:
+            wave = waves[i].astype(np.float32)
+            audio[at : at + len(wave)] = 0.1 * wave / wave.std()
+        bands = mel(audio, sampling_rate=RATE, return_tensors="np").input_features
+        heard = whisper.encode(ctranslate2.StorageView.from_array(bands), to_cpu=True)
+        heard = torch.from_numpy(np.array(heard))[0]
+        for i, at in window:
+            told[i] = heard[at // 320 :][: len(waves[i]) // 320 + 2]
+    return [told[i] for i in range(len(waves))]
+
+
 def whisper_features(clips, folder, path):
-    """float16 [frames, 512] for every clip, from Whisper's encoder in CTranslate2's form; clips share windows of 30 s.
+    """float16 [frames, 512] for every clip; kept in the file `path`.
 
     A frame of tiny_wavlm is centred 22.5 ms, one frame, after Whisper's frame of the same number."""
     if not path.exists():
-        import ctranslate2
-        from transformers import WhisperFeatureExtractor
-
-        whisper = ctranslate2.models.Whisper(str(folder), compute_type="int8", intra_threads=1)
-        mel = WhisperFeatureExtractor()
-        windows, at = [[]], 0
-        for i, clip in enumerate(clips):
-            if at + len(clip.wave) > 30 * RATE:
-                windows.append([])
-                at = 0
-            windows[-1].append((i, at))
-            at += -(-(len(clip.wave) + RATE // 4) // 320) * 320
-        told = {}
-        for window in windows:
-            audio = np.zeros(30 * RATE, np.float32)
-            for i, at in window:
-                wave = clips[i].wave.astype(np.float32)
-                audio[at : at + len(wave)] = 0.1 * wave / wave.std()
-            bands = mel(audio, sampling_rate=RATE, return_tensors="np").input_features
-            heard = whisper.encode(ctranslate2.StorageView.from_array(bands), to_cpu=True)
-            heard = torch.from_numpy(np.array(heard))[0]
-            for i, at in window:
-                told[i] = heard[at // 320 + 1 :][: frames(len(clips[i].wave))].half()
-        torch.save([told[i] for i in range(len(clips))], path)
+        heard = hear([clip.wave for clip in clips], folder)
+        torch.save([x[1:][: frames(len(clip.wave))].half() for clip, x in zip(clips, heard)], path)
     return torch.load(path, weights_only=True)
+
+
+def store_features(args):
+    """Whisper's features in prepared folders, where prepare.py --ssl stores a teacher's."""
+    sys.path.insert(0, str(HERE.parent))
+    from prepare import Data, fill, finish, frame_count, repeat_last, revision
+
+    facts = dict(model="whisper-base", revision=revision(args.whisper / "model.bin"), layer=-1, dim=512, rate="50")
+    for folder in args.data:
+        data = Data(folder)
+
+        def make(clips):
+            features = hear([data.get("audio", i).numpy() for i in clips], args.whisper)
+            counts = frame_count(data.samples[clips.start : clips.stop], data.rate, 50)
+            return torch.cat([repeat_last(x[:count].half(), int(count)) for x, count in zip(features, counts)])
+
+        array, _ = fill(data, folder, "ssl", facts, (512,), make, rank=0, world=1)
+        finish(folder, "ssl", array, facts)
 
 
 def fit(model, epoch, loss_of, args):
@@ -549,7 +574,7 @@ def export(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["corpus", "ssl", "sv", "export"])
+    parser.add_argument("what", choices=["corpus", "ssl", "sv", "export", "features"])
     parser.add_argument("--out", type=Path, help="default: demo/WHAT; export needs it")
     parser.add_argument("--kokoro", type=Path, help="corpus: folder of the voices")
     parser.add_argument("--voices", type=int, default=48, help="corpus: voices to train on")
@@ -572,6 +597,7 @@ if __name__ == "__main__":
         parser.error("export needs --out: demo/vae or demo/tts")
     torch.set_num_threads(1)
     args.out = args.out or HERE / args.what
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.what != "features":
+        args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
-    {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv, "export": export}[args.what](args)
+    {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv, "export": export, "features": store_features}[args.what](args)

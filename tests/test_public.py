@@ -183,6 +183,14 @@ def test_english_needs_characters_alone_and_chinese_two_packages(f5, monkeypatch
     assert torch.equal(to_symbols("né", ""), to_bytes("né"))
 
 
+def test_characters_outside_the_vocabulary_are_said(f5, capsys):
+    vocabulary = DiT.from_pretrained(f5).config.vocabulary
+    sample.warn_of_unknown(["Is it “so”; he", "the bird"], {}, vocabulary)  # quotes and ; have their symbols
+    assert not capsys.readouterr().out
+    sample.warn_of_unknown(["Æsop", "the bird", "né"], {}, vocabulary)
+    assert capsys.readouterr().out == "the vocabulary has no Æ é: the model reads a space there\n"
+
+
 @torch.no_grad()
 def test_prompts_are_prepared_as_f5_tts_does(f5):
     """Raised to an RMS of 0.1 and lowered again; the length follows the bytes, never fewer frames than symbols."""
