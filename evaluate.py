@@ -18,7 +18,6 @@ import functools
 import io
 import json
 import re
-import shutil
 import string
 import sys
 import unicodedata
@@ -91,6 +90,7 @@ class Recognizer:
         self.model = model.float().to(device).eval()
         self.half = half
         self.identity = identity(name, config)
+        self.demo = DEMO in Path(name).resolve().parents  # then it knows the 150 words of the demo's corpus
         self.options = {}
         spoken = ["en"] if self.whisper else LANGUAGES  # a CTC model does not say which language it knows
         if self.whisper and getattr(model.generation_config, "is_multilingual", True):
@@ -98,7 +98,8 @@ class Recognizer:
             self.options = dict(language=language, task="transcribe")
             self.identity += f"/{language}" if language != "en" else ""
         if language not in spoken:
-            raise InputError(f"{name} knows no --language {language}, but {', '.join(sorted(spoken))}")
+            others = ", ".join(sorted(spoken)) or "its generation_config.json lists none: take that of the first Whisper"
+            raise InputError(f"{name} knows no --language {language}, but {others}")
         spellings = getattr(self.tokenizer, "english_spelling_normalizer", None) or {}  # the map is Whisper's
         self.whisper_normalize = EnglishTextNormalizer(spellings) if language == "en" else None
 
@@ -447,7 +448,7 @@ def check_files(args, lines: list[Line], systems: list[str]) -> tuple[list[Path]
         missing = [path.name for path in recordings if not path.is_file()]
         if missing:
             raise InputError(f"{args.generated} lacks {len(missing)} of {len(lines)} wavs, the first {missing[0]}: run "
-                             f"python sample.py --list {args.list} --out {args.generated}")
+                             f"python sample.py --list {args.list} --out {args.generated}, with your model's --tts")
         notes = args.generated / "settings.json"
         made = read_json(notes) if notes.exists() else {}
         other = [line.wav for line in lines if made.get("said", {}).get(line.wav, [line.says])[0] != line.says]
@@ -497,7 +498,7 @@ def main(argv=None):
     lines = read_list(args.list)[: args.limit]
     wanted = dict(original=not args.no_original, reconstruction=args.reconstruct, synthesis=args.generated)
     systems = [system for system, asked in wanted.items() if asked]
-    systems += [f"reconstruction+{level}" for level in args.noise]
+    systems += [f"reconstruction+{level}" for level in dict.fromkeys(args.noise)]
     if args.noise and not args.reconstruct:
         raise InputError("--noise is added to the latents of a VAE: name it with --reconstruct")
     if not systems:
@@ -518,14 +519,15 @@ def main(argv=None):
         signature += "".join(f" {name}={made.get(name, '?')}" for name in names)
 
     # ---- this rank's utterances; a record is kept as soon as it is made
-    work = args.out.with_name(args.out.name + ".work")
     files = zlib.crc32(repr([lines, *map(file_stamp, recordings)]).encode())
     key = f"{signature} {files} {args.audio} {args.generated} {args.language}"
+    work = args.out.with_name(args.out.name + ".work")
+    mine = f"{zlib.crc32(key.encode()):08x}-"  # the records of other settings stay
     done = read_records(work, key)
     held = lock(work) if rank == 0 else None
     barrier()  # all ranks have seen the same records before the next is written
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / f"{rank}.jsonl", "a", encoding="utf-8") as f:
+    with open(work / f"{mine}{rank}.jsonl", "a", encoding="utf-8") as f:
         for system in systems:
             todo = [line for line in lines[rank::world] if (system, line.gen) not in done]
             batches = [todo[k : k + args.batch_size] for k in range(0, len(todo), args.batch_size)]
@@ -546,7 +548,10 @@ def main(argv=None):
     if DEMO in Path(args.asr).resolve().parents or DEMO in Path(args.sim).resolve().parents:
         signature += "; by the demo's own scorers: compare nothing but the demo with it (--asr, --sim)"
     print(f"signature: n={len(lines)} {signature}; each utterance in {args.out}")
-    shutil.rmtree(work, ignore_errors=True)  # NFS keeps a lock's file while it is open
+    for path in (*work.glob(f"{mine}*.jsonl"), work / ".lock"):
+        path.unlink()
+    with contextlib.suppress(OSError):  # it holds other records; or NFS keeps a lock's file while it is open
+        work.rmdir()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 import torchaudio
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
@@ -120,7 +121,8 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype=torch.float32, **notes) -> None:
         """Write the weights and, beside them, config.json with the class, its config and any further notes."""
         tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
-        write_atomic(Path(folder) / "model.safetensors", lambda p: save_file(tensors, p))
+        data = to_safetensors(tensors)  # its save_file lets no one else read the file
+        write_atomic(Path(folder) / "model.safetensors", lambda p: p.write_bytes(data))
         write_json(Path(folder) / "config.json", dict(model=type(self).__name__, config=asdict(self.config), **notes))
 
     @classmethod

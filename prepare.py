@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -42,6 +43,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import soundfile as sf
@@ -102,10 +104,15 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
             source_rate = f.samplerate
             while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # all there is
                 blocks.append(block.mean(1))
+            cut = re.search(r"^data : (\d+) \(should be (\d+)", f.extra_info, re.M)  # a WAV's header, and the file
+            if cut and int(cut[2]) < int(cut[1]) < 1 << 31:  # a stream's header says 4 GB
+                raise ValueError(f"it has {cut[2]} of {cut[1]} bytes, copy it anew")
     except (sf.SoundFileError, OSError, TypeError, ValueError) as e:  # TypeError: a file without a header
         reason = getattr(e, "error_string", e)
         why = f"{reason} (ffmpeg -i FILE FILE.wav converts what is not wav, flac, ogg, opus or mp3)"
-        if not os.path.isfile(path):
+        if os.path.exists(path) and not os.access(path, os.R_OK):
+            why = "its permissions do not let you read it"
+        elif not os.path.isfile(path):
             stem = os.path.splitext(path)[0]
             others = [suffix for suffix in FORMATS if os.path.isfile(stem + suffix)]
             why = f"no such file (but one that ends in {others[0]})" if others else "no such file"
@@ -165,8 +172,9 @@ class Data:
         """need: the arrays to open. "latents" are those of the VAE with this latents_hash(), or the newest."""
         self.folder = Path(folder)
         if not (self.folder / "meta.json").exists():
-            raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py --out "
-                             f"{folder} first, or name the folder with --data")
+            raise InputError(f"{folder} is not a prepared data folder (no meta.json): run python prepare.py SOURCE "
+                             f"--ssl MODEL --out {folder} first (for the demo, without SOURCE and --ssl), or name the "
+                             "folder with --data")
         self.meta = read_json(self.folder / "meta.json")
         latents = [name for name in self.meta if name.startswith(f"latents-{vae_hash}")]
         if latents and "latents" in need:
@@ -252,7 +260,10 @@ class SSLModel:
             self.rate = Fraction(model.config.max_source_positions, 30)
             self.width = model.config.d_model
         else:
-            short, long = (self([np.zeros(s * self.sample_rate, np.float32)])[0] for s in (1, 11))
+            try:
+                short, long = (self([np.zeros(s * self.sample_rate, np.float32)])[0] for s in (1, 11))
+            except (AttributeError, TypeError, RuntimeError) as e:
+                raise InputError(f"{name} is no encoder of speech like WavLM, HuBERT or Whisper: {e}") from e
             self.rate = Fraction(len(long) - len(short), 10)
             self.width = long.shape[1]
         if sample_rate not in (None, self.sample_rate):
@@ -448,7 +459,7 @@ ALIASES = dict(
     audio_file="audio", file_name="audio", transcription="text", speaker_name="speaker", speaker_id="speaker"
 )
 CONVERT = ("awk -F'|' 'BEGIN {print \"audio|speaker|text\"} {print \"wavs/\" $1 \".wav|\" $3 \"|\" $2}' FILE > "
-           "manifest.csv, with your columns' numbers")
+           "manifest.csv, with your separator after -F and your columns' numbers")
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
@@ -458,7 +469,10 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def columns(line: str, mark: str) -> list[str]:
-    return next(csv.reader([line.replace("\r", " ")], strict=True)) if mark == "," else line.split(mark)
+    """The values of a line. With commas as csv has it; otherwise quotes are the text's, if they are not doubled."""
+    if mark == "," or '""' in line:
+        return next(csv.reader([line.replace("\r", " ")], delimiter=mark, strict=True))
+    return line.split(mark)
 
 
 def from_manifest(path: Path):
@@ -476,7 +490,7 @@ def from_manifest(path: Path):
         values = columns(line, mark)
         if len(values) != len(names):
             raise InputError(f"{path}, line {n}: found {len(values)} columns, expected {len(names)}")
-        row = dict(zip(names, values))
+        row = {name: value.strip() for name, value in zip(names, values)}
         if row.get("split", "") not in ("", "train", "valid", "test"):
             raise InputError(f"{path}, line {n}: split is {row['split']!r}, expected train, valid or test")
         name = row["audio"]
@@ -572,7 +586,7 @@ def download(subsets: str, root: Path = Path("downloads")) -> list[Path]:
         folder = root / inside / subset
         if not folder.is_dir():
             shutil.rmtree(partial / inside / subset, ignore_errors=True)  # torchaudio would take half for the whole
-            partial.mkdir(parents=True, exist_ok=True)
+            held = lock(partial)  # until this function ends
             try:
                 dataset(partial, url=subset, download=True)
             except Exception as e:  # torchaudio raises what urllib, tarfile and its own checks raise
@@ -732,8 +746,9 @@ def check_source(args, clips) -> None:
         raise InputError("--valid is for sources that name no splits: change their column split, or drop the flag")
     if count > 1:
         raise InputError(f"{twice} is listed {count} times, perhaps for training and validation: list it once")
-    foreign = [name for name in ("meta.json", "index.tsv", "audio.bin", "dropped.tsv") if (args.out / name).exists()]
-    if foreign and not path.exists():
+    names = ("meta.json", "index.tsv", "audio.bin", "dropped.tsv", "settings.json")
+    foreign = [name for name in names if (args.out / name).exists()]
+    if foreign and not (path.exists() and "recordings" in read_json(path)):
         raise InputError(f"{args.out} holds a {foreign[0]}, but no settings.json of ours: choose another --out")
     if (args.out / "meta.json").exists() or (args.out / WORK).exists():
         before = read_json(path)
@@ -780,7 +795,7 @@ def from_hub(what: str, name: str, *kinds: str) -> list:
             else:
                 loaded.append(auto.from_pretrained(name))
         return loaded
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as e:
         why = str(e).splitlines()[0]
         raise InputError(f"cannot load the {what} {name}: {why}: if it was moved, name it with {flag}") from e
 
@@ -901,13 +916,13 @@ def cli(main) -> None:
         barrier()  # leave together: a rank that exits while gloo still holds its tensors may be aborted
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (InputError, torch.OutOfMemoryError) as e:
+    except (InputError, OSError, torch.OutOfMemoryError) as e:  # OSError: a full disk, a folder of someone else's
         code = 2
         if int(os.environ.get("RANK", 0)):  # what all ranks find is said by the first; torchrun then ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         why = ""
-        if not isinstance(e, InputError):
+        if isinstance(e, torch.OutOfMemoryError):
             why = ("the GPU is out of memory: lower --micro-batch (train_vae.py), --micro-seconds (train_tts.py), "
                    "--batch-seconds (prepare.py) or --batch-size (sample.py, evaluate.py): ")
         print(f"error: {why}{e}", file=sys.stderr)
@@ -981,6 +996,9 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> a
         if there[:2] != ["args.json", "state.pt"]:
             raise InputError(f"{known.out} holds no run to resume (args.json and state.pt): begin it without --resume")
         saved = read_json(known.out / "args.json")
+        for name in ("preset", "init"):
+            if getattr(known, name) not in (None, saved.get(name)):
+                raise InputError(f"--{name} is for the beginning of a run: with --resume, drop it")
         parser.set_defaults(**{name: in_demo(value) for name, value in saved.items()} | dict(out=known.out))
     else:
         if "state.pt" in there:
@@ -993,7 +1011,7 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> a
 
 def check_run(args, data: Data, device, **facts) -> None:
     """Refuse what would waste hours. facts: what the run learns from, which a resumed run must find unchanged."""
-    demo = all(Path(source).parts[-2:] == ("demo", "corpus") for source in data.meta["sources"])
+    demo = all(Path(in_demo(source)).resolve() == DEMO / "corpus" for source in data.meta["sources"])
     if not args.preset and not demo:
         raise InputError(f"{args.data} is not the demo's: choose a --preset: {', '.join(PRESETS)}")
     args.preset = args.preset or "demo"
@@ -1082,8 +1100,9 @@ class Run:
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "resume"}
         write_json(args.out / "args.json", settings)
         log = args.out / "log.csv"
-        rows = log.read_text(encoding="utf-8").split("\n")[1:-1] if self.first and log.exists() else []  # whole lines
-        rows = [row for row in rows if row and int(row.split(",")[0]) <= self.first]  # others were lost with a crash
+        rows = log.read_text("utf-8", "replace").split("\n")[1:-1] if self.first and log.exists() else []  # whole lines
+        steps = [(row.partition(",")[0], row) for row in rows]
+        rows = [row for step, row in steps if step.isdecimal() and int(step) <= self.first]  # others: lost in a crash
         write_text(log, "\n".join([",".join(self.columns), *rows, ""]))
 
     def steps(self):
@@ -1339,7 +1358,8 @@ def main(argv=None):
         begun = meta.get("ssl") or dict(model=meta["teacher"], layer=meta["layer"])
         args.ssl = begun["model"]
         args.layer = begun["layer"] if args.layer is None else args.layer
-    args.aligner = args.aligner or in_demo(meta.get("starts", meta).get("aligner"))
+    if "starts" not in meta:
+        args.aligner = args.aligner or in_demo(meta.get("aligner"))
     if args.ssl != "none":
         args.layer = -1 if args.layer is None else args.layer
         fill_ssl(args, rank, world, device)

@@ -224,6 +224,8 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     folder = local_folder(tts)
     dit = DiT.from_pretrained(folder).to(device)
     notes = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if not isinstance(notes.get("vae", ""), str) or not isinstance(notes.get("sampling", {}), dict):
+        raise InputError(f"{folder / 'config.json'} is damaged: its vae or sampling is not as train_tts.py writes it")
     vae = vae or notes.get("vae", "charactr/vocos-mel-24khz" if dit.config.vocabulary else None)
     if not vae:
         raise InputError(f"{tts} does not say where its VAE is: name it with --vae")
@@ -238,10 +240,13 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
 
 def normalized(text: str, mode: str, what: str) -> str:
     """A text as the model was taught it; one that says nothing is an InputError."""
-    text = normalize_text(text, mode)
-    if not any(map(str.isalnum, text)):
+    said = normalize_text(text, mode)
+    if not any(map(str.isalnum, said)):
         raise InputError(f"nothing to say: {what} is empty, or punctuation alone")
-    return text
+    lost = sorted({c for c in text if (c in "&%@#" or unicodedata.category(c)[0] == "S") and c not in said})
+    if lost:
+        print(f"the model was taught no signs: {' '.join(lost)} in {what} will not be said; write words for them")
+    return said
 
 
 def warn_of_unknown(texts: list[str], notes: dict, vocabulary: str) -> None:
@@ -266,8 +271,10 @@ def make_requests(args, dit: DiT, device) -> list[Request]:
     check_prompt(wave, "", rate, limit / 2)  # before a recogniser, whose memory a long one would fill
     ref_text = args.ref_text
     if ref_text is None:
-        ref_text = Recognizer(args.asr, device, args.language)([wave], rate)[0]
-        print(f"the prompt's transcript, by {args.asr}: {ref_text!r}")
+        asr = Recognizer(args.asr, device, args.language)
+        ref_text = asr([wave], rate)[0]
+        unsure = "; the demo's recogniser knows 150 words: if that is wrong, give --ref-text" if asr.demo else ""
+        print(f"the prompt's transcript, by {args.asr}: {ref_text!r}{unsure}")
     ref_text = normalized(ref_text, dit.config.text, "the transcript of the prompt")
     if dit.config.vocabulary and ref_text[-1] not in ".。":  # F5-TTS's prompts end so
         ref_text += "."
@@ -356,7 +363,10 @@ def say_list(args, dit, vae, generate, notes, rank, world) -> None:
 
     for line in todo:  # all of them, before anything is spent
         wanted = request(line)
-        check_prompt(wanted.prompt, wanted.prompt_text, rate, limit)
+        try:
+            check_prompt(wanted.prompt, wanted.prompt_text, rate, limit)
+        except InputError as e:
+            raise InputError(f"{line.ref}: {e}") from e
         frames, _ = plan(dit, math.ceil(len(wanted.prompt) / dit.config.hop), wanted, args.speed)
         seconds = frames * dit.config.hop / rate
         if seconds > 2 * limit:

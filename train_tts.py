@@ -295,6 +295,8 @@ def main(argv=None):
     loader = load_batches(train, micro, args, device, collate)
     asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
     requests = fixed_requests(data, args.eval_sentences)
+    if asr and asr.demo and args.preset != "demo":
+        print("cer and wer mean nothing: the demo's recogniser knows 150 words; name another with --asr")
     if rank == 0:
         count = sum(p.numel() for p in dit.parameters()) / 1e6
         print(f"{device}, {world} rank(s); DiT {count:.2f} M parameters; {len(train.clips)} clips, "

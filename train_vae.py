@@ -49,9 +49,9 @@ class Crops(torch.utils.data.Dataset):
         self.grid = self.ratio.denominator
         self.frames = round(seconds * data.rate / vae.hop / self.grid) * self.grid
         self.features = int(self.frames * self.ratio) if ssl else 0  # SSL frames of a crop
-        if not self.frames:
-            least = self.grid * vae.hop / data.rate
-            raise InputError(f"--crop {seconds} is shorter than {self.grid} latent frames ({least} s)")
+        least = max(self.grid * vae.hop, 1025) / data.rate  # 1025: half of the longest STFT window
+        if not self.frames or seconds < least:
+            raise InputError(f"--crop {seconds} is shorter than {least:.3f} s, {self.grid} latent frames or half a window")
 
     @functools.lru_cache(2)  # every crop asks
     def order(self, epoch: int) -> np.ndarray:
@@ -285,6 +285,8 @@ def main(argv=None):
         unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
     discriminators = make_discriminators(args).to(device)
     early = 0 if args.mel or not args.encoder_lr else args.encoder_steps  # the steps in which the encoder learns alone
+    if not (args.encoder_lr or args.init or args.resume or args.mel):
+        raise InputError("--encoder-lr 0 keeps the encoder as it is: name it with --init")
     if early >= args.steps:
         raise InputError(f"--steps {args.steps} ends within --encoder-steps {early}: the decoder would learn nothing")
     reader = LatentReader(vae.config, ssl["dim"] if with_ssl and args.teacher_weight else 0).to(device)
@@ -473,6 +475,8 @@ def make_vae(args, data: Data, ssl: dict | None) -> SemanticVAE:
     if ssl and (config.ssl_dim, config.align) != (dim, args.align):
         raise InputError(f"{source} was aligned {config.align} with features of width {config.ssl_dim}, "
                          f"{ssl['model']} gives width {dim} and --align is {args.align}")
+    if args.mel and not config.mel:
+        raise InputError(f"{source} is no vocoder of mels: drop --mel")
     if config.sample_rate != data.rate:
         raise InputError(f"{source} works at {config.sample_rate} Hz, {args.data} holds {data.rate} Hz")
     return vae

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import RATE, TTS_FLAGS, tone, write_corpus
+from conftest import RATE, TTS_FLAGS, VAE_FLAGS, tone, write_corpus
 
 import evaluate
 import prepare
 import sample
 import train_tts
 import train_vae
-from model import InputError
+from model import InputError, SemanticVAE
 from prepare import Data
 
 # ------------------------------------------------------------------------------------------ the user's own files
@@ -51,12 +51,28 @@ def test_scratch_space_holds_only_what_we_made(tmp_path):
 
 def test_a_folder_that_we_did_not_begin_is_refused(tmp_path, fails):
     corpus = write_corpus(tmp_path / "in", 3)
-    for name in ("index.tsv", "meta.json"):
+    for name in ("index.tsv", "meta.json", "settings.json"):
         (tmp_path / "mine").mkdir(exist_ok=True)
         (tmp_path / "mine" / name).write_text("{}")
         fails(prepare.main, [corpus, "--out", tmp_path / "mine", "--ssl", "none"], f"holds a {name}, but no settings.json")
         assert (tmp_path / "mine" / name).read_text() == "{}"
         (tmp_path / "mine" / name).unlink()
+
+
+def test_what_stands_beside_a_table_is_kept(world, tmp_path):
+    """A folder that only looks like the table's scratch space, and what an interrupted table by other settings has."""
+    args = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--limit", 1]
+    (tmp_path / "s.csv.work").mkdir()
+    (tmp_path / "s.csv.work" / "thesis.txt").write_text("years")
+    evaluate.main([str(a) for a in (*args, "--out", tmp_path / "s.csv", "--reconstruct", world.vae, "--noise", 0.1, 0.10)])
+    assert (tmp_path / "s.csv.work" / "thesis.txt").exists()
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 3  # a level that is given twice is one
+
+
+def test_weights_may_be_read_by_others(world, tmp_path):
+    SemanticVAE.from_pretrained(world.vae).save_pretrained(tmp_path)
+    modes = {(tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
 
 
 WORDS = ["--ref-text", "one small bird", "--text", "by the river"]
@@ -106,6 +122,12 @@ def test_a_copied_run_goes_on_where_it_is_and_a_finished_one_is_not_begun_anew(t
     before = (getattr(world, name) / "state.pt").read_bytes()
     train.main(["--resume", "--out", str(there), "--steps", "3"])
     assert (getattr(world, name) / "state.pt").read_bytes() == before != (there / "state.pt").read_bytes()
+    fails(train.main, ["--resume", "--out", there, "--preset", "paper"], "--preset is for the beginning of a run")
+    fails(train.main, ["--resume", "--out", there, "--init", world.vae], "--init is for the beginning of a run")
+    with open(there / "log.csv", "a") as f:
+        f.write("1;65.5;0\n" + 100 * "\0" + "\n")  # a spreadsheet's, and a power cut's
+    train.main(["--resume", "--out", str(there), "--steps", "4"])
+    assert [row.split(",")[0] for row in (there / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3", "4"]
     (there / "state.pt").unlink()  # to save disk
     fails(train.main, ["--data", world.data, "--out", there], "holds a args.json, but no state.pt to go on from")
 
@@ -185,7 +207,7 @@ def test_a_teacher_whose_weights_changed_is_refused(world, tmp_path, fails):
 
 def test_models_that_lack_what_is_asked_of_them_are_refused(world, tmp_path, fails):
     """A head that is not in the file would be random; a pointer in place of weights; and a chosen aligner stays chosen."""
-    from transformers import AutoModel, AutoModelForCTC
+    from transformers import AutoModel, AutoModelForCTC, EncodecConfig, EncodecFeatureExtractor, EncodecModel
 
     score = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--out", tmp_path / "s.csv"]
     fails(evaluate.main, [*score, "--sim", world.ssl], "cannot load the speaker model", "it is no ModelForAudioXVector, its weights lack")
@@ -200,8 +222,16 @@ def test_models_that_lack_what_is_asked_of_them_are_refused(world, tmp_path, fai
     torch.nn.init.normal_(model.lm_head.weight)
     model.save_pretrained(other)
     prepare.main(["--out", str(data), "--aligner", str(other)])
+    shutil.rmtree(other)  # it has done its work
     prepare.main(["--out", str(data), "--vae", str(world.vae)])
     assert Data(data).meta["starts"]["aligner"] == str(other)
+    shutil.copytree(world.ssl, other, ignore=shutil.ignore_patterns("*.safetensors"))
+    (other / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1")
+    ssl = [world.corpus, "--out", tmp_path / "new", "--ssl", other]
+    fails(prepare.main, ssl, "cannot load the SSL model")
+    EncodecModel(EncodecConfig(num_filters=2, hidden_size=8, codebook_dim=8, target_bandwidths=[1.5])).save_pretrained(other)
+    EncodecFeatureExtractor(sampling_rate=RATE).save_pretrained(other)
+    fails(prepare.main, ssl, "is no encoder of speech like WavLM")
 
 
 @pytest.mark.parametrize("third", ["1.5", "17", "p225"])
@@ -234,6 +264,24 @@ def test_a_table_without_a_header_is_refused_with_what_converts_it(tmp_path, fai
     table.write_text("a|one small bird|wavs/b.wav|by the river\n")
     fails(prepare.main, [table, "--out", tmp_path / "out", "--ssl", "none"], "has no columns audio and text", "awk -F'|'")
     fails(sample.main, ["--list", table], "six tab-separated columns", "awk -F'|'")
+
+
+def test_quotes_that_a_writer_of_tables_adds_are_no_text(tmp_path):
+    """pandas and csv.writer double a text's quotes; quotes that are not doubled are the text's own."""
+    rows = ['wavs/a.wav|s|"He said ""one bird"" again."', 'wavs/b.wav|s |"By the river," he said.']
+    clips, _ = prepared(tmp_path, corpus_of(tmp_path / "in", "\n".join(rows), "audio|speaker|text", "manifest.csv"))
+    assert [(c["text"], c["speaker"]) for c in clips.values()] == [('He said "one bird" again.', "s"), ('"By the river," he said.', "s")]
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, fails):
+    fails(lambda argv: os.mkdir(argv[0]), [tmp_path], "File exists", str(tmp_path))
+
+
+def test_trainings_refuse_flags_that_would_do_nothing(world, tmp_path, fails):
+    vae = ["--data", world.data, "--out", tmp_path / "vae", *VAE_FLAGS]
+    fails(train_vae.main, [*vae, "--init", world.vae, "--mel"], "is no vocoder of mels: drop --mel")
+    fails(train_vae.main, [*vae, "--encoder-lr", 0], "name it with --init")
+    fails(train_vae.main, [*vae, "--crop", 0.03, "--align-weight", 0], "--crop 0.03 is shorter than 0.064 s")
 
 
 @pytest.mark.parametrize("header, table, words", [
@@ -497,6 +545,39 @@ def test_an_interrupted_long_text_keeps_what_was_said(world, tmp_path, monkeypat
         sample.main(speak(world, *ref, "--takes", 3))
     assert "a.part.wav: the best of 1 takes" in capsys.readouterr().out
     assert sf.info(tmp_path / "a.part.wav").frames == sf.info(tmp_path / "a.wav").frames
+
+
+def test_half_a_recording_is_no_recording(tmp_path, capsys):
+    """A copy that was cut off; one whose header was written before its length was known is whole."""
+    corpus = write_corpus(tmp_path / "in", 4)
+    whole = (corpus / "audio" / "1.wav").read_bytes()
+    at = whole.index(b"data") + 4
+    (corpus / "audio" / "1.wav").write_bytes(whole[: len(whole) // 2])
+    whole = (corpus / "audio" / "2.wav").read_bytes()
+    (corpus / "audio" / "2.wav").write_bytes(whole[:at] + b"\xff\xff\xff\xff" + whole[at + 4 :])
+    prepare.main([str(corpus), "--out", str(tmp_path / "out"), "--ssl", "none"])
+    dropped = (tmp_path / "out" / "dropped.tsv").read_text().splitlines()
+    assert len(dropped) == 1 and "audio/1.wav" in dropped[0] and "copy it anew" in dropped[0]
+
+
+def test_signs_that_are_no_letters_are_said_to_be_lost(capsys):
+    assert sample.normalized("a bird & a river @ 50% + more", "plain", "the text") == "a bird a river 50 more"
+    assert "no signs: % & + @ in the text will not be said" in capsys.readouterr().out
+    assert sample.normalized("a bird & a river", "raw", "the text") == "a bird & a river"
+    assert not capsys.readouterr().out
+
+
+def test_a_lists_bad_prompt_is_named(world, tmp_path, fails):
+    line = (world.corpus / "test.lst").read_text().splitlines()[0].split("\t")
+    sf.write(tmp_path / "long.wav", np.concatenate([tone(1.3, 0)] * 20), RATE)
+    (tmp_path / "my.lst").write_text("\t".join(["long", *line[1:]]) + "\n")
+    fails(sample.main, ["--tts", world.tts, "--list", tmp_path / "my.lst", "--out", tmp_path / "said"], "long: the prompt is 26.0 s")
+
+
+def test_the_demos_recogniser_is_not_trusted_with_other_speech(world, tmp_path, capsys):
+    ref = ["--tts", world.tts, "--ref", world.corpus / "audio" / "3.wav", "--text", "by the river", "--steps", 1]
+    sample.main([str(a) for a in (*ref, "--out", tmp_path / "a.wav", "--asr", prepare.DEMO / "ssl")])
+    assert "the demo's recogniser knows 150 words" in capsys.readouterr().out
 
 
 def test_characters_that_no_training_text_had_are_said(world, tmp_path, capsys):

@@ -315,10 +315,13 @@ def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("again.csv")
-    with open(tmp_path / "again.csv.work" / "0.jsonl", "a") as f:
+    (records,) = (tmp_path / "again.csv.work").glob("*-0.jsonl")
+    with open(records, "a") as f:
         f.write('\n["cut off')
+    evaluate.main([str(a) for a in (*args, tmp_path / "again.csv", "--limit", 1)])  # another table of that name
+    assert records.exists()
     run("again.csv")
-    assert len(calls) == 4 + 3 and not (tmp_path / "again.csv.work").exists()
+    assert len(calls) == 4 + 2 + 3 and not (tmp_path / "again.csv.work").exists()
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "straight.csv").read_bytes()
 
 
