@@ -83,10 +83,10 @@ class Recognizer:
         from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
         from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-        (config,) = from_hub("recogniser", name, "Config")
+        (config,) = from_hub("--asr", name, "Config")
         self.whisper = config.model_type == "whisper"
         kind = "ModelForSpeechSeq2Seq" if self.whisper else "ModelForCTC"
-        model, self.extractor, self.tokenizer = from_hub("recogniser", name, kind, "FeatureExtractor", "Tokenizer")
+        model, self.extractor, self.tokenizer = from_hub("--asr", name, kind, "FeatureExtractor", "Tokenizer")
         self.model = model.float().to(device).eval()
         self.half = half
         self.identity = identity(name, config)
@@ -98,7 +98,7 @@ class Recognizer:
             self.options = dict(language=language, task="transcribe")
             self.identity += f"/{language}" if language != "en" else ""
         if language not in spoken:
-            others = ", ".join(sorted(spoken)) or "its generation_config.json lists none: take that of the first Whisper"
+            others = ", ".join(sorted(spoken)) or "none: take the generation_config.json of OpenAI's"
             raise InputError(f"{name} knows no --language {language}, but {others}")
         spellings = getattr(self.tokenizer, "english_spelling_normalizer", None) or {}  # the map is Whisper's
         self.whisper_normalize = EnglishTextNormalizer(spellings) if language == "en" else None
@@ -136,7 +136,7 @@ class SpeakerModel:
     """A Hugging Face x-vector model, by id or folder. Similarity is the cosine of two recordings' embeddings."""
 
     def __init__(self, name: str, device):
-        self.extractor, model = from_hub("speaker model", name, "FeatureExtractor", "ModelForAudioXVector")
+        self.extractor, model = from_hub("--sim", name, "FeatureExtractor", "ModelForAudioXVector")
         self.model = model.float().to(device).eval()
         self.identity = identity(name, model.config)
 
@@ -515,7 +515,7 @@ def main(argv=None):
         signature += f" vae={reconstruct.vae.content_hash()}"
     if args.generated:
         signature += f" decoder={made.get('vae', '?')}"
-        names = ("tts", "seed", "steps", "cfg", "sway", "speed", "bf16")
+        names = ("tts", "seed", "steps", "cfg", "speed", "bf16")
         signature += "".join(f" {name}={made.get(name, '?')}" for name in names)
 
     # ---- this rank's utterances; a record is kept as soon as it is made

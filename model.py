@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
@@ -292,11 +291,7 @@ class Stencil(torch.autograd.Function):
     def forward(ctx, x, taps):
         ctx.taps = taps
         n = x.shape[-1] - len(taps) + 1
-        (i, tap), *others = ((i, tap) for i, tap in enumerate(taps) if tap)
-        y = tap * x[..., i : i + n]
-        for i, tap in others:
-            y = torch.add(y, x[..., i : i + n], alpha=tap)
-        return y
+        return sum(tap * x[..., i : i + n] for i, tap in enumerate(taps) if tap)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -411,15 +406,6 @@ def at_rate(features, frames: int):
     return F.interpolate(features.mT, frames, mode="linear", align_corners=False).mT
 
 
-def alignment_loss(z, target, valid=None):
-    """The paper's −cos(z, target), averaged over an utterance's valid frames, then over the batch.
-
-    z is the *sampled* latent [B, N, D], which decoder and DiT will see: too much noise in it raises this loss. target
-    is the head's projection of the SSL features, valid [B, N] marks real frames (None: all). The gradient reaches the
-    encoder through z and the head through target; the SSL model is frozen."""
-    return -masked_mean(F.cosine_similarity(z, target, dim=-1), valid).mean()
-
-
 class AlignmentHead(nn.Module):
     """SSL features, interpolated to the latents' frame rate and projected *down* to their width: latents become
     predictable from the features (the paper; the layers are the authors')."""
@@ -432,7 +418,11 @@ class AlignmentHead(nn.Module):
         return z, self.model(at_rate(features, z.shape[1]).mT).mT.float()  # [B, N, latent] twice
 
     def loss(self, z, aligned, valid):
-        return alignment_loss(*aligned, valid)
+        """The paper's −cos(z, target), averaged over an utterance's valid frames [B, N], then over the batch.
+
+        z is the *sampled* latent, which decoder and DiT will see: too much noise in it raises this loss. The gradient
+        reaches the encoder through z and the head through target; the SSL model is frozen."""
+        return -masked_mean(F.cosine_similarity(*aligned, dim=-1), valid).mean()
 
 
 class UpwardAlignmentHead(nn.Module):
@@ -458,10 +448,8 @@ class UpwardAlignmentHead(nn.Module):
         return (masked_mean(frames, valid) + masked_mean(pairs.flatten(1), both.flatten(1))).mean()
 
 
-def masked_mean(x, valid=None):
-    """Mean of x [B, N] over the valid entries of each row: [B]. valid [B, N]; None: all."""
-    if valid is None:
-        return x.mean(1)
+def masked_mean(x, valid):
+    """Mean of x [B, N] over the valid entries [B, N] of each row: [B]."""
     return (x * valid).sum(1) / valid.sum(1).clamp(min=1)
 
 
@@ -820,7 +808,8 @@ class DiT(Pretrained):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        check_text(config)
+        if config.text_place not in ("left", "even", "aligned"):
+            raise InputError(f"text_place is {config.text_place!r}, expected left, even or aligned")
         self.time_embed = TimeEmbedding(config.width)
         self.text_embed = TextEmbedding(config)
         self.input_embed = InputEmbedding(config)
@@ -908,22 +897,15 @@ def sample(dit, noise, prompt, prompt_lengths, text, lengths, steps=32, cfg=2.0,
     2207.12598) takes v further from its value u without prompt and text, for clearer speech: v + cfg · (v − u)."""
     given = (torch.arange(noise.shape[1], device=noise.device) < prompt_lengths[:, None])[..., None]
     prompt = prompt * given
-    drop = torch.ones_like(lengths, dtype=torch.bool)
-    embedded = dit.text_embed(text, lengths, noise.shape[1], ~drop, starts)
-    if cfg:  # one batch of two halves: with and without prompt and text
-        without = dit.text_embed(text, lengths, noise.shape[1], drop, starts)
-        both = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat([embedded, without])
+    shown = torch.zeros_like(lengths, dtype=torch.bool)
+    texts = [dit.text_embed(text, lengths, noise.shape[1], drop, starts) for drop in (shown, ~shown)]
+    both = torch.cat([prompt, torch.zeros_like(prompt)]), torch.cat(texts)  # with prompt and text, and without
     times = time_steps(steps, sway)
     x = noise
     for now, following in zip(times[:-1], times[1:]):
-        t = torch.full((len(x),), now, device=x.device)
-        if cfg:
-            v = dit(torch.cat([x, x]), *both, torch.cat([t, t]), torch.cat([lengths, lengths]))
-            v, without = v.float().chunk(2)
-            v = v + cfg * (v - without)
-        else:
-            v = dit(x, prompt, embedded, t, lengths).float()
-        x = x + (following - now) * v
+        t = torch.full((2 * len(x),), now, device=x.device)
+        v, without = dit(torch.cat([x, x]), *both, t, torch.cat([lengths, lengths])).float().chunk(2)
+        x = x + (following - now) * (v + cfg * (v - without))
     return torch.where(given, prompt, x)
 
 
@@ -941,7 +923,7 @@ def write_atomic(path: Path, write) -> None:
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk, as Python, torch, safetensors say
+    except (OSError, RuntimeError) as e:  # a full disk, as Python and torch say
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise InputError(f"cannot write {path}: {str(e).splitlines()[0]}; what was there before is whole") from e
@@ -1069,15 +1051,6 @@ def fold_weight_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-def check_text(config: DiTConfig) -> None:
-    if config.text_place not in ("left", "even", "aligned"):
-        raise InputError(f"text_place is {config.text_place!r}, expected left, even or aligned")
-    lines = config.vocabulary.split("\n")
-    if config.vocabulary and (len(lines), lines[0]) != (config.text_symbols, " "):
-        raise InputError(f"its vocabulary has {len(lines)} lines, the first {lines[0]!r}, expected "
-                         f"{config.text_symbols}, the first ' ': take the vocab.txt of its training")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What others published, every weight accounted for by name and shape. Sizes are read off the shapes.
 
@@ -1161,6 +1134,10 @@ def from_f5(folder: Path) -> DiT:
         ff_mult = len(tensors["transformer_blocks.0.ff.ff.0.0.bias"]) // width
         text_layers = sum(k.endswith(".dwconv.bias") for k in tensors)
         vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n")
+        lines = vocabulary.split("\n")
+        if (len(lines), lines[0]) != (rows - 1, " "):
+            raise InputError(f"{folder / 'vocab.txt'} has {len(lines)} lines, the first {lines[0]!r}, expected "
+                             f"{rows - 1}, the first ' ': take the vocab.txt of its training")
         config = DiTConfig(
             latent_dim=100, width=width, depth=depth, heads=width // 64, ff_mult=ff_mult, text_symbols=rows - 1,
             vocabulary=vocabulary, text_dim=text_dim, text_layers=text_layers, sample_rate=24000, hop=256,

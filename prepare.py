@@ -242,8 +242,8 @@ class SSLModel:
     def __init__(self, name: str, layer: int | str = -1, device=torch.device("cpu"), sample_rate: int | None = None):
         """layer: a hidden state, -1 for the last one, or "logits" of a CTC model; sample_rate: what it must hear."""
         kind = "ModelForCTC" if layer == "logits" else "Model"
-        what = "aligner" if layer == "logits" else "SSL model"
-        self.extractor, model = from_hub(what, name, "FeatureExtractor", kind)
+        flag = "--aligner" if layer == "logits" else "--ssl"
+        self.extractor, model = from_hub(flag, name, "FeatureExtractor", kind)
         self.name = name
         self.layer = layer
         self.device = device
@@ -267,7 +267,6 @@ class SSLModel:
             self.rate = Fraction(len(long) - len(short), 10)
             self.width = long.shape[1]
         if sample_rate not in (None, self.sample_rate):
-            flag = "--aligner" if layer == "logits" else "--ssl"
             raise InputError(f"{flag} {name} hears {self.sample_rate} Hz, the data folder holds {sample_rate} Hz: "
                              f"prepare it with --sample-rate {self.sample_rate}")
 
@@ -345,7 +344,7 @@ class Aligner:
 
     def __init__(self, name: str, sample_rate: int, device):
         self.model = SSLModel(name, "logits", device, sample_rate)
-        (tokenizer,) = from_hub("aligner", name, "Tokenizer")
+        (tokenizer,) = from_hub("--aligner", name, "Tokenizer")
         self.blank = tokenizer.pad_token_id
         self.ids = {text: i for text, i in tokenizer.get_vocab().items() if len(text) == 1 and i != self.blank}
         self.ids[" "] = self.ids.get(getattr(tokenizer, "word_delimiter_token", None) or " ")
@@ -577,16 +576,20 @@ def list_clips(source: Path, alone: bool = True) -> list[tuple]:
 def download(subsets: str, root: Path = Path("downloads")) -> list[Path]:
     """Fetch LibriTTS subsets, or LibriSpeech's as librispeech:NAME, through torchaudio; returns their folders."""
     folders = []
+    partial = root / WORK
+    held = lock(partial)  # until this function ends
+    datasets = {
+        "libritts": ("LibriTTS", torchaudio.datasets.LIBRITTS),
+        "librispeech": ("LibriSpeech", torchaudio.datasets.LIBRISPEECH),
+    }
     for name in subsets.split(","):
         corpus, _, subset = name.rpartition(":")
-        inside, dataset = "LibriTTS", torchaudio.datasets.LIBRITTS
-        if corpus == "librispeech":
-            inside, dataset = "LibriSpeech", torchaudio.datasets.LIBRISPEECH
-        partial = root / WORK
+        if corpus not in ("", *datasets):
+            raise InputError(f"cannot download {name}: expected {' or '.join(datasets)} before the colon")
+        inside, dataset = datasets[corpus or "libritts"]
         folder = root / inside / subset
         if not folder.is_dir():
             shutil.rmtree(partial / inside / subset, ignore_errors=True)  # torchaudio would take half for the whole
-            held = lock(partial)  # until this function ends
             try:
                 dataset(partial, url=subset, download=True)
             except Exception as e:  # torchaudio raises what urllib, tarfile and its own checks raise
@@ -664,9 +667,9 @@ def fill_audio(clips, args, rank: int, world: int) -> None:
     if not kept:
         shutil.rmtree(out / WORK)  # mended, also by other settings, they are looked at again
         raise InputError(f"all {len(clips)} clips were dropped (see {out / 'dropped.tsv'}), the first: {dropped[0][1]}")
-    if not any(split for *_, split, _ in kept):  # the clips whose names hash lowest are for validation
+    if not any(split for *_, split, _ in kept):  # the hundredth of the clips whose names hash lowest is for validation
         order = sorted(range(len(kept)), key=lambda i: zlib.crc32(kept[i][0].encode()))
-        chosen = set(order[: max(1, round(args.valid * len(kept)))] if len(kept) > 1 else [])
+        chosen = set(order[: max(1, round(len(kept) / 100))] if len(kept) > 1 else [])
         kept = [(*clip[:4], "valid" if i in chosen else "train", clip[5]) for i, clip in enumerate(kept)]
     index = ["id\tsplit\tspeaker\tsamples\ttext\n"]
     for name, _, speaker, text, split, samples in kept:
@@ -742,8 +745,6 @@ def check_source(args, clips) -> None:
     recordings = {name: [zlib.crc32(repr(texts).encode()), *file_stamp(path)] for name, path, *texts in clips}
     path = args.out / "settings.json"
     twice, count = Counter(os.path.realpath(clip[1]) for clip in clips).most_common(1)[0]
-    if args.valid != VALID and any(split for *_, split in clips):
-        raise InputError("--valid is for sources that name no splits: change their column split, or drop the flag")
     if count > 1:
         raise InputError(f"{twice} is listed {count} times, perhaps for training and validation: list it once")
     names = ("meta.json", "index.tsv", "audio.bin", "dropped.tsv", "settings.json")
@@ -772,11 +773,10 @@ def revision(name: str | Path, config=None) -> str:
     return "sha256:" + hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
 
 
-def from_hub(what: str, name: str, *kinds: str) -> list:
+def from_hub(flag: str, name: str, *kinds: str) -> list:
     """What transformers' Auto classes of these kinds load, by hub id or folder; failing is an InputError."""
     import transformers
 
-    flag = {"SSL model": "--ssl", "aligner": "--aligner", "recogniser": "--asr", "speaker model": "--sim"}[what]
     transformers.utils.logging.set_verbosity_error()  # an unused CTC head is not worth a page of warning
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # WavLM's masks: right all the same
@@ -796,8 +796,7 @@ def from_hub(what: str, name: str, *kinds: str) -> list:
                 loaded.append(auto.from_pretrained(name))
         return loaded
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as e:
-        why = str(e).splitlines()[0]
-        raise InputError(f"cannot load the {what} {name}: {why}: if it was moved, name it with {flag}") from e
+        raise InputError(f"cannot load {flag} {name}: {str(e).splitlines()[0]}") from e
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -869,24 +868,18 @@ def has_bfloat16() -> bool:
     return torch.cuda.is_available() or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-class Unbroken:
-    """stdout or stderr whose reader may go away (`| head`, a closed terminal): the work goes on, unseen."""
+def unbroken(stream) -> None:
+    """Let the reader of stdout or stderr go away (`| head`, a closed terminal): the work goes on, unseen."""
+    write = stream.write
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
+    def write_and_flush(text: str) -> None:
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            write(text)
+            stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
-    def flush(self) -> None:
-        self.write("")
+    stream.write = write_and_flush
 
 
 def leave(code: int) -> None:
@@ -905,8 +898,8 @@ def cli(main) -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
-    sys.stdout = Unbroken(sys.stdout)
-    sys.stderr = Unbroken(sys.stderr)
+    unbroken(sys.stdout)
+    unbroken(sys.stderr)
     code = 0
     try:
         try:
@@ -941,24 +934,21 @@ def lock(folder: Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")
-        try:
-            if not fcntl:
-                raise OSError(errno.ENOSYS, "no file locks")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a loader process would hold on to
-        except OSError as e:  # Windows; a network's or cluster's file system
-            if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            print(f"this file system has no locks: start no second command that writes to {folder}")
+        if not fcntl:
+            raise OSError(errno.ENOSYS, "no file locks")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a loader process would hold on to
         file.truncate(0)
         now = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
         print(f"process {os.getpid()} on {platform.node()}, since {now}", file=file, flush=True)
-        return file
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
         raise InputError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None
     except OSError as e:
-        raise InputError(f"cannot write in {folder}: {e}") from e
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # Windows; a cluster's file system
+            raise InputError(f"cannot write in {folder}: {e}") from e
+        print(f"this file system has no locks: start no second command that writes to {folder}")
+    return file
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -976,6 +966,8 @@ def in_demo(path):
 def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> argparse.Namespace:
     """The flags of a training, shared ones too. What is not given comes from the resumed run, else from the preset."""
     flag = parser.add_argument
+    flag("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py (default %(default)s)")
+    flag("--out", type=Path, default=Path(f"runs/{kind[6:]}"), help="run folder (default %(default)s)")
     flag("--preset", choices=list(PRESETS), help="sizes and settings in place of the defaults (demo data: demo)")
     flag("--resume", action="store_true", help="go on with the run in --out, with its settings but for flags given")
     flag("--init", help="start from the weights of this folder or hub id, to fine-tune them")
@@ -1005,6 +997,8 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> a
             raise InputError(f"{known.out} already holds a run: add --resume to go on with it, or choose another --out")
         if "model.safetensors" in there or there and not (known.out / ".lock").exists():
             raise InputError(f"{known.out} holds a {there[0]}, but no state.pt to go on from: choose another --out")
+        if known.device == "cpu":
+            parser.set_defaults(workers=0, bf16=False, compile=False)
         parser.set_defaults(**PRESETS[known.preset or "demo"][kind])
     return parser.parse_args(argv)
 
@@ -1091,8 +1085,7 @@ class Run:
             raise InputError(f"{args.out} has made {self.first} steps, more than --steps {args.steps}: give more")
         self.means = {}
         self.scores = {}
-        self.streak = torch.zeros((), device=self.device)  # updates skipped in a row, and the most of them
-        self.longest = torch.zeros((), device=self.device)
+        self.streak = torch.zeros((), device=self.device)  # updates skipped in a row, until now
         if self.rank > 0:
             return
         if self.first == args.steps:
@@ -1141,7 +1134,6 @@ class Run:
                 self.scores[name] = value
         if "skipped" in values:
             self.streak = (self.streak + 1) * values["skipped"]
-            self.longest = torch.maximum(self.longest, self.streak)
 
     def score(self, evaluate, *args) -> None:
         """Rank 0 logs the dict that evaluate(*args) returns. Its time does not count in the throughput."""
@@ -1171,12 +1163,11 @@ class Run:
                 f.write(",".join(shown.get(name, "") for name in self.columns) + "\n")
             tqdm.write("  ".join(f"{name} {value}" for name, value in shown.items()))
             self.bar.set_postfix(loss=shown["loss"])
-        if self.longest >= 5:
+        if self.streak >= 5:
             raise InputError(f"step {done}: five updates in a row were skipped, since their gradients were not "
                              "finite: lower --lr, or look for recordings that are not speech, then --resume")
         self.means = {}
         self.scores = {}
-        self.longest.zero_()
         self.pace_start = time.time()
         self.audio = 0.0
 
@@ -1288,8 +1279,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-VALID = 0.01  # share of the clips
-CHOICES = ("sample_rate", "text", "min_seconds", "max_seconds", "valid")  # flags by which clips are chosen and kept
+CHOICES = ("sample_rate", "text", "min_seconds", "max_seconds")  # flags by which clips are chosen and kept
 
 
 def parse_args(argv=None):
@@ -1306,7 +1296,6 @@ def parse_args(argv=None):
     flag("--sample-rate", type=at_least(1000), default=16000, help="of the stored audio, in Hz (default %(default)s)")
     flag("--min-seconds", type=at_least(0.1, float), default=0.5, help="drop shorter clips (default %(default)s)")
     flag("--max-seconds", type=at_least(0.1, float), default=30, help="drop longer clips (default %(default)s)")
-    flag("--valid", type=at_least(0, float, 0.5), default=VALID, help="share for validation, if the source names none")
     flag("--batch-seconds", type=at_least(0.1, float), default=60, help="audio in one batch of the teacher")
     args = parser.parse_args(argv)
     given = [name for name in CHOICES if getattr(args, name) != parser.get_default(name)]

@@ -106,7 +106,7 @@ def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> 
 
 
 @torch.no_grad()
-def synthesize(dit, vae, requests, steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed=0, batch_size=8, bf16=False):
+def synthesize(dit, vae, requests, steps=32, cfg=2.0, speed=1.0, seed=0, batch_size=8, bf16=False):
     """float32 audio of each Request's text alone, in order. A result does not depend on its batch: noise is drawn on
     the CPU from (seed, text). Silence or non-finite audio is an InputError."""
     device = dit.latent_mean.device
@@ -135,7 +135,7 @@ def synthesize(dit, vae, requests, steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed
         text = pad([texts[i] for i in batch], -1)
         starts = pad([plans[i][1] for i in batch], math.inf)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            latents = sample(dit, x, prompt, prompt_lengths, text, lengths, steps, cfg, sway, starts)  # [B, N, D]
+            latents = sample(dit, x, prompt, prompt_lengths, text, lengths, steps, cfg, starts=starts)  # [B, N, D]
         for z, i in zip(dit.destandardize(latents), batch):
             first = max(0, len(prompts[i]) - vae.CONTEXT)  # of the prompt, only what the target's samples depend on
             wave = vae.decode(z[None, first : totals[i]])[0].cpu().numpy()
@@ -148,23 +148,23 @@ def synthesize(dit, vae, requests, steps=32, cfg=2.0, sway=-1.0, speed=1.0, seed
     return results
 
 
-def check_prompt(wave: np.ndarray, text: str, rate: int, limit: float) -> tuple[np.ndarray, list[str]]:
+def check_prompt(wave, text: str, rate: int, limit: float, what="the prompt") -> tuple[np.ndarray, list[str]]:
     """The prompt without its silent edges, and what a user should know of it. What cannot work is an InputError."""
     if not np.isfinite(wave).all():
-        raise InputError("the prompt holds non-finite samples")
+        raise InputError(f"{what} holds non-finite samples")
     levels, loudest = loudness(wave, rate)
     if not loudest:
-        raise InputError("the prompt is silent")
+        raise InputError(f"{what} is silent")
     loud = np.flatnonzero(levels > 0.03 * loudest) * (rate // 50)
     edge = rate // 10
     trimmed = wave[max(0, loud[0] - edge) : loud[-1] + rate // 50 + edge]
     seconds = len(trimmed) / rate
     cut = (len(wave) - len(trimmed)) / rate
     if seconds < 0.5:
-        raise InputError(f"the prompt holds {seconds:.2f} s of speech, too little to hear a voice in: give at least "
+        raise InputError(f"{what} holds {seconds:.2f} s of speech, too little to hear a voice in: give at least "
                          "0.5 s, better 2 s or more")
     if seconds > limit:
-        raise InputError(f"the prompt is {seconds:.1f} s, limit {limit:.1f} s for this model: cut audio and transcript "
+        raise InputError(f"{what} is {seconds:.1f} s, limit {limit:.1f} s for this model: cut audio and transcript "
                          "together")
     pace = len(text) / seconds
     notes = {
@@ -226,10 +226,11 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     notes = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if not isinstance(notes.get("vae", ""), str) or not isinstance(notes.get("sampling", {}), dict):
         raise InputError(f"{folder / 'config.json'} is damaged: its vae or sampling is not as train_tts.py writes it")
-    vae = vae or notes.get("vae", "charactr/vocos-mel-24khz" if dit.config.vocabulary else None)
+    if not vae:
+        vae = notes.get("vae", "charactr/vocos-mel-24khz" if dit.config.vocabulary else "")
+        vae = folder / vae if vae and (folder / vae).is_dir() else vae  # noted from there
     if not vae:
         raise InputError(f"{tts} does not say where its VAE is: name it with --vae")
-    vae = folder / vae if (folder / vae).is_dir() else vae
     decoder = SemanticVAE.from_pretrained(vae).to(device)
     if decoder.latents_hash() != dit.config.vae_hash:
         raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is "
@@ -285,14 +286,20 @@ def make_requests(args, dit: DiT, device) -> list[Request]:
     if args.duration and args.duration + seconds > limit * 1.01:
         raise InputError(f"prompt and --duration make {args.duration + seconds:.1f} s, the model was trained on at "
                          f"most {limit:.1f} s")
-    room = int((limit - seconds) / seconds * len(ref_text.encode()) * args.speed)
-    pieces = [text] if args.duration else split_text(text, max(1, room))
-    requests = [Request(wave, ref_text, piece, args.duration) for piece in pieces]
     frames = math.ceil(len(wave) / dit.config.hop)
-    least = [len(f"{ref_text} {piece}".encode()) + 1 for piece in pieces]
+    requests = [Request(wave, ref_text, text, args.duration)]
+    most = limit * rate / dit.config.hop
+    room = len(text.encode())
+    while not args.duration and room > 1:
+        longest = max(plan(dit, frames, r, args.speed)[0] for r in requests)
+        if longest <= most:
+            break
+        room = int(room * max(0.5, 0.99 * (most - frames) / (longest - frames)))
+        requests = [Request(wave, ref_text, piece) for piece in split_text(text, max(1, room))]
+    least = [len(f"{ref_text} {r.text}".encode()) + 1 for r in requests]
     slow = sum(plan(dit, frames, r, args.speed)[0] == n for r, n in zip(requests, least)) if not args.duration else 0
     if slow:
-        print(f"{slow} of {len(pieces)} pieces have more bytes than frames at the prompt's pace: they are slowed down")
+        print(f"{slow} of {len(requests)} pieces have more bytes than frames at this pace: they are drawn out")
     return requests
 
 
@@ -303,7 +310,6 @@ def say(args, dit, vae, generate, notes, device) -> None:
     warn_of_unknown([request.text for request in requests], notes, dit.config.vocabulary)
     asr = Recognizer(args.asr, device, args.language) if args.takes > 1 else None
     text = " ".join(request.text for request in requests)
-    part = args.out.with_stem(args.out.stem + ".part")
     start = time.time()
     takes = []
     for take in range(args.takes):
@@ -314,9 +320,9 @@ def say(args, dit, vae, generate, notes, device) -> None:
                 waves += generate(dit, vae, requests[i : i + args.batch_size], seed=args.seed + take)
         except KeyboardInterrupt:
             if takes:
-                write_wave(part, min(takes)[2], rate)
-                print(f"{part}: the best of {len(takes)} takes")
+                print(f"{args.out}: the best of {len(takes)} takes")
             elif waves:
+                part = args.out.with_stem(args.out.stem + ".part")
                 write_wave(part, join(waves, rate), rate)
                 following = requests[len(waves)].text
                 print(f"{part}: the first {len(waves)} of {len(requests)} pieces; the next is {following!r}")
@@ -327,9 +333,9 @@ def say(args, dit, vae, generate, notes, device) -> None:
             error = error_rates([text], asr([said], rate))["cer"]
             print(f"take {take} (seed {args.seed + take}): character error rate {error:.1%} by {args.asr}")
         takes.append((error, take, said))
-    error, take, said = min(takes)  # no two have the same number: waves are never compared
+        write_wave(args.out, min(takes)[2], rate)  # the best so far; no two have one number: waves are not compared
+    error, take, said = min(takes)
     spent = time.time() - start
-    write_wave(args.out, said, rate)
     for request in requests if len(requests) > 1 else []:
         print(f"piece: {request.text}")
     seconds = len(said) / rate
@@ -344,7 +350,7 @@ def say_list(args, dit, vae, generate, notes, rank, world) -> None:
     limit = dit.config.max_seconds
     lines = read_list(args.list)[: args.limit]
     prompts = {line.ref: find_audio(args.ref_dir or args.list.parent, line.ref) for line in lines}
-    settings = {name: getattr(args, name) for name in ("seed", "steps", "cfg", "sway", "speed", "bf16")}
+    settings = {name: getattr(args, name) for name in ("seed", "steps", "cfg", "speed", "bf16")}
     settings |= dict(list=args.list.name, tts=notes["tts_name"], vae=notes["vae_name"])
     said = {line.wav: [line.says, *file_stamp(prompts[line.ref])] for line in lines}
     stamp = args.out / "settings.json"
@@ -363,10 +369,7 @@ def say_list(args, dit, vae, generate, notes, rank, world) -> None:
 
     for line in todo:  # all of them, before anything is spent
         wanted = request(line)
-        try:
-            check_prompt(wanted.prompt, wanted.prompt_text, rate, limit)
-        except InputError as e:
-            raise InputError(f"{line.ref}: {e}") from e
+        check_prompt(wanted.prompt, wanted.prompt_text, rate, limit, f"{line.ref}: the prompt")
         frames, _ = plan(dit, math.ceil(len(wanted.prompt) / dit.config.hop), wanted, args.speed)
         seconds = frames * dit.config.hop / rate
         if seconds > 2 * limit:
@@ -408,7 +411,6 @@ def parse_args(argv=None):
     flag("--limit", type=at_least(1), help="only the first so many lines of the list")
     flag("--steps", type=at_least(1), help="Euler steps (default: the model's; the paper's 32)")
     flag("--cfg", type=at_least(0, float), help="guidance strength (default: the model's; the paper's 2)")
-    flag("--sway", type=at_least(-1, float, 1), default=-1, help="< 0: finer near the noise (default %(default)s)")
     flag("--speed", type=at_least(0.3, float, 3), default=1, help="relative to the prompt's rate (default %(default)s)")
     flag("--duration", type=at_least(0.1, float), help="seconds of the result (default: at the prompt's rate)")
     flag("--takes", type=at_least(1), default=1, help="make several and keep the one that --asr understands best")
@@ -453,7 +455,7 @@ def main(argv=None):
     usual = dict(steps=32, cfg=2) | notes.get("sampling", {})
     args.steps = usual["steps"] if args.steps is None else args.steps
     args.cfg = usual["cfg"] if args.cfg is None else args.cfg
-    options = {name: getattr(args, name) for name in ("steps", "cfg", "sway", "speed", "batch_size", "bf16")}
+    options = {name: getattr(args, name) for name in ("steps", "cfg", "speed", "batch_size", "bf16")}
     generate = functools.partial(synthesize, **options)
     if rank == 0:
         precision = "bfloat16" if args.bf16 else "float32"

@@ -159,7 +159,6 @@ class MicroBatches:
     """This rank's micro-batches, step after step: a step's examples in world x accumulate parts of similar lengths."""
 
     examples: Utterances
-    steps: range
     micro_seconds: float
     rank: int
     world: int
@@ -193,11 +192,6 @@ class MicroBatches:
             if bounds[-1] == len(lengths):
                 return bounds
             room *= 1.002
-
-    def __iter__(self):
-        for step in self.steps:
-            for part in self.parts(step):
-                yield [(step, run) for run in part]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,8 +285,9 @@ def main(argv=None):
     )
     columns = ["loss", "durations", "hidden", "grad", "valid_loss", "cer", "wer", "intelligible"]
     run.begin(ema, notes, modules, columns, flops)
-    micro = MicroBatches(train, range(run.first, args.steps), args.micro_seconds, rank, world)
-    loader = load_batches(train, micro, args, device, collate)
+    micro = MicroBatches(train, args.micro_seconds, rank, world)
+    keys = ([(step, clips) for clips in part] for step in range(run.first, args.steps) for part in micro.parts(step))
+    loader = load_batches(train, keys, args, device, collate)
     asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
     requests = fixed_requests(data, args.eval_sentences)
     if asr and asr.demo and args.preset != "demo":
@@ -474,8 +469,6 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     positive = at_least(0.01, float)
-    flag("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py --vae (default %(default)s)")
-    flag("--out", type=Path, default=Path("runs/tts"), help="run folder (default %(default)s)")
     flag("--vae", help="the VAE of the latents to learn (default: that of the newest latents)")
     flag("--text-place", choices=["left", "even", "aligned"], help="see model.text_index")
     flag("--align-hidden", **switch(False), help="align hidden states with text and SSL features too (A-DMA)")

@@ -49,9 +49,8 @@ class Crops(torch.utils.data.Dataset):
         self.grid = self.ratio.denominator
         self.frames = round(seconds * data.rate / vae.hop / self.grid) * self.grid
         self.features = int(self.frames * self.ratio) if ssl else 0  # SSL frames of a crop
-        least = max(self.grid * vae.hop, 1025) / data.rate  # 1025: half of the longest STFT window
-        if not self.frames or seconds < least:
-            raise InputError(f"--crop {seconds} is shorter than {least:.3f} s, {self.grid} latent frames or half a window")
+        if self.frames * vae.hop <= 1024:  # half of the longest STFT window, or nothing
+            raise InputError(f"--crop {seconds} is {self.frames} frames of {vae.hop} samples: 1025 are needed")
 
     @functools.lru_cache(2)  # every crop asks
     def order(self, epoch: int) -> np.ndarray:
@@ -78,10 +77,9 @@ class Crops(torch.utils.data.Dataset):
 
 @dataclass
 class CropNumbers:
-    """This rank's micro-batches, step after step: each step's crops are shared in order, in micro-batches of one
-    size, so that a mean of their means is the step's mean. The first `early` steps have another number of crops."""
+    """This rank's micro-batches: each step's crops are shared in order, in micro-batches of one size, so that a mean of
+    their means is the step's mean. The first `early` steps have another number of crops."""
 
-    steps: range
     per_step: int
     early: int  # steps of the encoder alone
     per_early_step: int
@@ -95,10 +93,6 @@ class CropNumbers:
         micro = next(n for n in range(min(self.micro, share), 0, -1) if share % n == 0)  # the largest that divides it
         first = early * self.per_early_step + (step - early) * self.per_step + self.rank * share
         return [list(range(k, k + micro)) for k in range(first, first + share, micro)]
-
-    def __iter__(self):
-        for step in self.steps:
-            yield from self.parts(step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -301,7 +295,8 @@ def main(argv=None):
     optimizer_d = torch.optim.AdamW(discriminators.parameters(), lr=args.lr, betas=(0.8, 0.99), fused=True)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     modules = dict(vae=vae, reader=reader, discriminators=discriminators, optimizer=optimizer, optimizer_d=optimizer_d)
-    weights = {name: getattr(args, f"{name}_weight") for name in ("mel", "adv", "feature", "kl", "align", "teacher")}
+    weights = dict(mel=15, adv=args.adv_weight, feature=2, kl=args.kl_weight)  # of the losses, the authors'
+    weights |= dict(align=args.align_weight, teacher=args.teacher_weight)
 
     # ---- the global batch, shared between ranks and micro-batches
     seconds = crops.frames * vae.config.hop / data.rate
@@ -312,9 +307,9 @@ def main(argv=None):
     flops = (forward_flops(vae, wave, noise) + 3 * forward_flops(discriminators, wave)) / seconds
     columns = ["loss", *weights, "wave", "disc", "grad", "grad_d", "valid_mel", "valid_stft"]
     run.begin(ema, dict(data=data.meta["sources"], ssl=ssl), modules, columns, flops, early)
-    steps = range(run.first, args.steps)
-    numbers = CropNumbers(steps, per_step, early, per_early_step, args.micro_batch, rank, world)
-    loader = load_batches(crops, numbers, args, device)
+    numbers = CropNumbers(per_step, early, per_early_step, args.micro_batch, rank, world)
+    parts = (part for step in range(run.first, args.steps) for part in numbers.parts(step))
+    loader = load_batches(crops, parts, args, device)
     if rank == 0:
         micro = len(numbers.parts(args.steps)[0])
         count = sum(p.numel() for p in vae.parameters()) / 1e6
@@ -475,8 +470,8 @@ def make_vae(args, data: Data, ssl: dict | None) -> SemanticVAE:
     if ssl and (config.ssl_dim, config.align) != (dim, args.align):
         raise InputError(f"{source} was aligned {config.align} with features of width {config.ssl_dim}, "
                          f"{ssl['model']} gives width {dim} and --align is {args.align}")
-    if args.mel and not config.mel:
-        raise InputError(f"{source} is no vocoder of mels: drop --mel")
+    if args.mel != config.mel:
+        raise InputError(f"{source} was trained with{'' if config.mel else 'out'} --mel: do the same here")
     if config.sample_rate != data.rate:
         raise InputError(f"{source} works at {config.sample_rate} Hz, {args.data} holds {data.rate} Hz")
     return vae
@@ -497,15 +492,11 @@ def parse_args(argv=None):
     flag = parser.add_argument
     positive = at_least(0.01, float)
     weight = at_least(0, float)
-    flag("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py (default %(default)s)")
-    flag("--out", type=Path, default=Path("runs/vae"), help="run folder (default %(default)s)")
     flag("--latent-dim", type=at_least(1), help="dimensions of the latent (paper: 64; its baselines: 16 and 64)")
     flag("--mel", **switch(False), help="the mel baseline: train a vocoder on --latent-dim log-mel bands")
     flag("--align-weight", type=weight, default=1, help="0: a vanilla VAE, without SSL features (default %(default)s)")
     flag("--align", choices=["down", "up"], default="down", help="features to the latent (the paper), or the reverse")
-    flag("--mel-weight", type=weight, default=15, help="default %(default)s")
     flag("--adv-weight", type=weight, default=1, help="0: no discriminators (default %(default)s)")
-    flag("--feature-weight", type=weight, default=2, help="feature matching (default %(default)s)")
     flag("--kl-weight", type=weight, default=0.01, help="default %(default)s")
     flag("--adv-start", type=at_least(0), default=0, help="first step with discriminators (default %(default)s)")
     flag("--disc-width", type=positive, default=1, help="the discriminators' channels, relative to the paper's")

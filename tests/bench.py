@@ -212,15 +212,19 @@ def data(form: str, work: Path) -> dict:
     torch.set_num_threads(1)  # as in a loader's worker
     stored = Data(work / "data", ("audio", "ssl", "latents"))
     crops = train_vae.Crops(stored, VAEConfig(), 3, 0, stored.meta["ssl"])
-    loader, start = torch.utils.data.DataLoader(crops, batch_sampler=train_vae.CropNumbers(range(40), 16, 0, 16, 16, 0, 1)), time.perf_counter()
+    numbers = train_vae.CropNumbers(16, 0, 16, 16, 0, 1)
+    loader, start = torch.utils.data.DataLoader(crops, batch_sampler=[part for step in range(40) for part in numbers.parts(step)]), time.perf_counter()
     vae_rate = sum(len(b["wave"]) * 3 for b in loader) / (time.perf_counter() - start)
     examples = train_tts.Utterances(stored, "train", 120, 1, 0)
     start, frames = time.perf_counter(), 0
-    for keys in train_tts.MicroBatches(examples, range(20), 120, 0, 1):
-        frames += train_tts.collate([examples[k] for k in keys])["lengths"].sum().item()
+    micro = train_tts.MicroBatches(examples, 120, 0, 1)
+    for step in range(20):
+        for part in micro.parts(step):
+            frames += train_tts.collate([examples[step, run] for run in part])["lengths"].sum().item()
     dit_rate = frames / 40 / (time.perf_counter() - start)
     corpus = train_tts.Utterances(Data(noise_data(work / "corpus", 20, silent=True), ("latents",)), "train", 3240, 1, 0)
-    lengths = [[corpus.length(run) for _, run in part] for part in train_tts.MicroBatches(corpus, range(40), 450, 0, 1)]
+    micro = train_tts.MicroBatches(corpus, 450, 0, 1)
+    lengths = [[corpus.length(run) for run in part] for step in range(40) for part in micro.parts(step)]
     padded = sum(len(part) * max(part) for part in lengths)
     return dict(vae_rate=vae_rate, dit_rate=dit_rate, padding=1 - sum(map(sum, lengths)) / padded)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import train_vae
-from model import AntiAliasedSnake, MelDistance, SemanticVAE, VAEConfig, alignment_loss, kl_loss, lowpass
+from model import AntiAliasedSnake, MelDistance, SemanticVAE, VAEConfig, kl_loss, lowpass
 from prepare import Data, update_ema
 
 
@@ -45,8 +45,9 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
     optimizer = torch.optim.AdamW([dict(params=decoding), dict(params=encoding)], betas=(0.8, 0.99))
     optimizer_d, ema = torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99)), copy.deepcopy(vae)
     per_step = round(args.batch_seconds / (crops.frames * vae.config.hop / data.rate))
-    numbers = train_vae.CropNumbers(range(args.steps), per_step, 0, per_step, per_step, 0, 1)
-    loader, rows = iter(torch.utils.data.DataLoader(crops, batch_sampler=numbers)), []
+    numbers = train_vae.CropNumbers(per_step, 0, per_step, per_step, 0, 1)
+    parts = (part for step in range(args.steps) for part in numbers.parts(step))
+    loader, rows = iter(torch.utils.data.DataLoader(crops, batch_sampler=parts)), []
     convolve(vae)
     for step in range(args.steps):
         rate = args.lr * args.lr_decay**step
@@ -55,7 +56,7 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
         optimizer.param_groups[1]["lr"] = rate * args.encoder_lr
         batch = {k: v.to(device) for k, v in next(loader).items()}
         fake, z, mean, logvar, aligned = vae(batch["wave"], batch["noise"], batch["features"])
-        losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=alignment_loss(*aligned, batch["valid"]))
+        losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=vae.projectors.loss(z, aligned, batch["valid"]))
         if step >= args.adv_start:
             losses["disc"] = train_vae.discriminator_loss(discriminators(fake.detach()), discriminators(batch["wave"]))
             optimizer_d.zero_grad()
@@ -63,7 +64,7 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
             torch.nn.utils.clip_grad_norm_(discriminators.parameters(), train_vae.MAX_NORM)
             optimizer_d.step()
             losses["adv"], losses["feature"] = train_vae.generator_losses(discriminators(fake), discriminators(batch["wave"]))
-        weights = dict(mel=args.mel_weight, adv=args.adv_weight, feature=args.feature_weight, kl=args.kl_weight, align=args.align_weight)
+        weights = dict(mel=15, adv=args.adv_weight, feature=2, kl=args.kl_weight, align=args.align_weight)
         loss = sum(weights[k] * v for k, v in losses.items() if k in weights)
         optimizer.zero_grad()
         loss.backward()

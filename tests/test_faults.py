@@ -142,7 +142,7 @@ def test_a_full_disk_costs_nothing_that_was_there(world, tmp_path, fails):
     train_vae.main(["--resume", "--out", str(out), "--steps", "4"])
     assert [r["step"] for r in rows(out)] == list("1234")
     fails(train_vae.main, VAE(world, Path("/proc/nowhere")), "cannot write in /proc/nowhere")
-    data = tmp_path / "data"  # whose arrays are written through a map: room for them is made first
+    data = tmp_path / "data"  # room for whose arrays is looked for first
     shutil.copytree(world.data, data)
     meta = json.loads((data / "meta.json").read_text())
     (data / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "ssl"}))

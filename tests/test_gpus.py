@@ -44,7 +44,7 @@ def test_ranks_share_steps_by_frames(world):
         bounds = MicroBatches.cut(np.sort(rng.exponential(400, utterances)), 8)
         assert bounds[0] == 0 and bounds[-1] == utterances and min(np.diff(bounds)) >= 1
     examples = Utterances(Data(world.data, ("latents",)), "train", 6, 1, seed=1)
-    micro = MicroBatches(examples, range(9), 3, 0, 1)
+    micro = MicroBatches(examples, 3, 0, 1)
     padded = [len(part) * max(examples.frames[i] for run in part for i in run) for step in range(9) for part in micro.parts(step)]
     assert max(padded) <= 3 * examples.rate
 
@@ -164,9 +164,9 @@ def test_a_warmup_that_never_ends_is_refused(world, tmp_path, fails):
 
 
 def test_micro_batches_are_the_largest_divisors_of_the_share():
-    numbers = train_vae.CropNumbers(range(1), 64, 0, 64, 7, 0, 8)
+    numbers = train_vae.CropNumbers(64, 0, 64, 7, 0, 8)
     assert [len(part) for part in numbers.parts(0)] == [4, 4]
-    assert [len(p) for p in train_vae.CropNumbers(range(1), 12, 0, 12, 7, 0, 1).parts(0)] == [6, 6]
+    assert [len(p) for p in train_vae.CropNumbers(12, 0, 12, 7, 0, 1).parts(0)] == [6, 6]
 
 
 def test_a_constant_latent_channel_is_named_and_kept(world, tmp_path, capsys):

@@ -110,7 +110,7 @@ def test_bad_input(tmp_path, fails, world):
     (tmp_path / "out" / "index.tsv").write_text((tmp_path / "out" / "index.tsv").read_text().replace("train", "valid"))
     fails(prepare.main, [*out, "--vae", world.vae], "holds no training clips")
     fails(prepare.main, ["--out", world.data, "--layer", 1], "layer -1, not", "layer 1: choose another --out")
-    fails(prepare.main, [world.corpus, "--out", tmp_path / "out2", "--ssl", tmp_path / "empty"], "cannot load the SSL model")
+    fails(prepare.main, [world.corpus, "--out", tmp_path / "out2", "--ssl", tmp_path / "empty"], "cannot load --ssl")
     fails(prepare.main, ["--out", world.data, "--ssl", world.sv], "already holds SSL features of")
     fails(prepare.main, [world.corpus, "--out", world.data, "--ssl", "none", "--text", "raw"], "was made with other settings")
     fails(prepare.main, ["--out", world.data, "--ssl", "none", "--vae", world.tts], "holds a DiT, expected a SemanticVAE")
@@ -349,7 +349,7 @@ def test_another_aligner_replaces_the_starts(world, tmp_path, fails):
     meta = json.loads((data / "meta.json").read_text())
     assert meta["starts"]["aligner"] == str(other) and Data(data, ("audio", "ssl", "starts", "latents"))
     assert (data / "starts.bin").read_bytes() != (world.data / "starts.bin").read_bytes()
-    fails(prepare.main, ["--out", data, "--aligner", world.sv], "cannot load the aligner")
+    fails(prepare.main, ["--out", data, "--aligner", world.sv], "cannot load --aligner")
     fails(prepare.main, ["--out", data, "--aligner", tmp_path / "absent"], "cannot load", "absent")
     assert json.loads((data / "meta.json").read_text()) == meta
 

@@ -210,13 +210,13 @@ def test_models_that_lack_what_is_asked_of_them_are_refused(world, tmp_path, fai
     from transformers import AutoModel, AutoModelForCTC, EncodecConfig, EncodecFeatureExtractor, EncodecModel
 
     score = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--out", tmp_path / "s.csv"]
-    fails(evaluate.main, [*score, "--sim", world.ssl], "cannot load the speaker model", "it is no ModelForAudioXVector, its weights lack")
+    fails(evaluate.main, [*score, "--sim", world.ssl], "cannot load --sim", "it is no ModelForAudioXVector, its weights lack")
     headless = shutil.copytree(world.ssl, tmp_path / "headless")
     AutoModel.from_pretrained(world.ssl).save_pretrained(headless)
     data = shutil.copytree(world.data, tmp_path / "data")
     fails(prepare.main, ["--out", data, "--aligner", headless], "its weights lack lm_head")
     (headless / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    fails(prepare.main, ["--out", data, "--aligner", headless], "cannot load the aligner")
+    fails(prepare.main, ["--out", data, "--aligner", headless], "cannot load --aligner")
     other = shutil.copytree(world.ssl, tmp_path / "other")
     model = AutoModelForCTC.from_pretrained(other)
     torch.nn.init.normal_(model.lm_head.weight)
@@ -228,7 +228,7 @@ def test_models_that_lack_what_is_asked_of_them_are_refused(world, tmp_path, fai
     shutil.copytree(world.ssl, other, ignore=shutil.ignore_patterns("*.safetensors"))
     (other / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1")
     ssl = [world.corpus, "--out", tmp_path / "new", "--ssl", other]
-    fails(prepare.main, ssl, "cannot load the SSL model")
+    fails(prepare.main, ssl, "cannot load --ssl")
     EncodecModel(EncodecConfig(num_filters=2, hidden_size=8, codebook_dim=8, target_bandwidths=[1.5])).save_pretrained(other)
     EncodecFeatureExtractor(sampling_rate=RATE).save_pretrained(other)
     fails(prepare.main, ssl, "is no encoder of speech like WavLM")
@@ -279,9 +279,9 @@ def test_what_the_system_refuses_is_one_line(tmp_path, fails):
 
 def test_trainings_refuse_flags_that_would_do_nothing(world, tmp_path, fails):
     vae = ["--data", world.data, "--out", tmp_path / "vae", *VAE_FLAGS]
-    fails(train_vae.main, [*vae, "--init", world.vae, "--mel"], "is no vocoder of mels: drop --mel")
+    fails(train_vae.main, [*vae, "--init", world.vae, "--mel"], "was trained without --mel")
     fails(train_vae.main, [*vae, "--encoder-lr", 0], "name it with --init")
-    fails(train_vae.main, [*vae, "--crop", 0.03, "--align-weight", 0], "--crop 0.03 is shorter than 0.064 s")
+    fails(train_vae.main, [*vae, "--crop", 0.03, "--align-weight", 0], "frames of 400 samples: 1025 are needed")
 
 
 @pytest.mark.parametrize("header, table, words", [
@@ -401,21 +401,17 @@ def test_the_demo_is_not_prepared_by_mistake(world, tmp_path, fails):
     for flags in (["--vae", world.vae], ["--ssl", world.ssl], ["--aligner", world.ssl]):
         fails(prepare.main, ["--out", tmp_path / "typo", *flags], "typo holds no data to add to, and no source is given")
     assert not (tmp_path / "typo").exists()
-    for flags in (["--sample-rate", 24000], ["--text", "raw"], ["--valid", 0.2]):
+    for flags in (["--sample-rate", 24000], ["--text", "raw"]):
         fails(prepare.main, ["--out", world.data, *flags], f"{flags[0]} says how sources are read: name a folder or a manifest")
 
 
 def test_models_are_looked_for_before_the_audio_is_read(world, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(prepare, "fill_audio", lambda *args: pytest.fail("the audio was read"))
     args = [world.corpus, "--out", tmp_path / "out"]
-    fails(prepare.main, [*args, "--ssl", tmp_path / "typo"], "cannot load the SSL model", "typo")
+    fails(prepare.main, [*args, "--ssl", tmp_path / "typo"], "cannot load --ssl", "typo")
     fails(prepare.main, [*args, "--ssl", world.ssl, "--layer", 3], "has the hidden states 0 to 2, no --layer 3")
     fails(prepare.main, [*args, "--ssl", "none", "--aligner", tmp_path / "typo"], "cannot load", "typo")
     fails(prepare.main, [*args, "--ssl", "none", "--vae", tmp_path / "typo"], "no folder", "typo")
-
-
-def test_splits_of_a_manifest_are_not_overruled(tmp_path, fails):
-    fails(prepare.main, [write_corpus(tmp_path / "in", 3), "--out", tmp_path / "out", "--ssl", "none", "--valid", "0.3"], "--valid is for sources that name no splits")
 
 
 def test_texts_with_more_bytes_than_frames_are_left_out(world, tmp_path, capsys, fails):
@@ -543,8 +539,7 @@ def test_an_interrupted_long_text_keeps_what_was_said(world, tmp_path, monkeypat
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         sample.main(speak(world, *ref, "--takes", 3))
-    assert "a.part.wav: the best of 1 takes" in capsys.readouterr().out
-    assert sf.info(tmp_path / "a.part.wav").frames == sf.info(tmp_path / "a.wav").frames
+    assert "a.wav: the best of 1 takes" in capsys.readouterr().out
 
 
 def test_half_a_recording_is_no_recording(tmp_path, capsys):
@@ -646,10 +641,10 @@ def test_a_recording_that_cannot_be_scored_is_named(wave, words, world, tmp_path
 # ------------------------------------------------------------------------------------------- numbers and terminals
 
 NUMBERS = {  # flag: values that it cannot have
-    prepare: {"batch-seconds": "0 nan inf", "sample-rate": "0 16k", "valid": "5 -0.1", "min-seconds": "0 nan"},
+    prepare: {"batch-seconds": "0 nan inf", "sample-rate": "0 16k", "min-seconds": "0 nan"},
     train_vae: {"seed": "-1", "lr": "-1 nan", "log-every": "0", "eval-every": "0", "workers": "-1", "steps": "-5 0 1e5", "crop": "0", "ema": "2", "micro-batch": "0", "eval-clips": "0"},
     train_tts: {"seed": "-1", "lr": "inf", "batch-seconds": "0", "micro-seconds": "0", "join": "0", "steps": "-5", "sample-steps": "0", "keep": "-1"},
-    sample: {"seed": "-1", "steps": "0", "cfg": "nan", "duration": "-2 0 nan", "limit": "-1 0", "takes": "0", "speed": "0 9", "sway": "-2 2", "batch-size": "0"},
+    sample: {"seed": "-1", "steps": "0", "cfg": "nan", "duration": "-2 0 nan", "limit": "-1 0", "takes": "0", "speed": "0 9", "batch-size": "0"},
     evaluate: {"limit": "-1 0", "batch-size": "0"},
 }
 
@@ -690,7 +685,7 @@ def test_what_moved_is_named_with_its_flag(world, tmp_path, fails, monkeypatch):
     tts = shutil.copytree(world.tts, tmp_path / "moved")
     fails(sample.main, ["--tts", tts], "no folder", "if it was moved", "--vae")
     fails(sample.main, ["--tts", "runs/absent"], "no folder runs/absent")
-    fails(evaluate.main, ["--list", world.corpus / "test.lst", "--asr", "runs/absent"], "cannot load the recogniser runs/absent", "with --asr")
+    fails(evaluate.main, ["--list", world.corpus / "test.lst", "--asr", "runs/absent"], "cannot load --asr runs/absent")
     fails(train_tts.main, ["--data", "data/absent", "--out", "a"], "name the folder with --data")
     data = shutil.copytree(world.data, tmp_path / "data")
     meta = json.loads((data / "meta.json").read_text())

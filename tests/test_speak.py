@@ -278,7 +278,7 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
     torch.manual_seed(0)
     DiT(DiT.from_pretrained(world.tts).config).save_pretrained(tmp_path / "other", vae=str(world.vae))
     fails(sample.main, ["--tts", tmp_path / "other", *args[2:]], "was made with other settings")
-    fails(sample.main, [*args, "--sway", "0"], "was made with other settings", "sway: -1, now 0.0")
+    fails(sample.main, [*args, "--cfg", "1"], "was made with other settings", "cfg: 3.0, now 1.0")
 
 
 def test_noise_in_the_latents_is_a_row_each(world, tmp_path, capsys, fails):
@@ -408,7 +408,7 @@ def test_bad_input(world, tmp_path, fails):
     fails(evaluate.main, [*score, tmp_path / "bad.lst"], "no recording", "no.wav")
     (tmp_path / "bad.lst").write_text((world.corpus / "test.lst").read_text().replace("by the river", "..."))
     fails(evaluate.main, [*score, tmp_path / "bad.lst", "--audio", world.corpus], "is empty once punctuation is removed")
-    fails(evaluate.main, [*score[:2], "--sim", tmp_path / "bad.lst", "--list", world.corpus / "test.lst"], "cannot load the speaker model")
+    fails(evaluate.main, [*score[:2], "--sim", tmp_path / "bad.lst", "--list", world.corpus / "test.lst"], "cannot load --sim")
 
 
 # -------------------------------------------------------------------------------------------------- the README

@@ -98,9 +98,9 @@ def test_on_a_gpu_everything_is_on_the_gpu_and_losses_are_float32(monkeypatch):
             p.grad = torch.zeros_like(p)
         norm, skipped = prepare.clipped_step(optimizer, module.parameters(), 1)
         run = object.__new__(prepare.Run)
-        run.means, run.scores, run.streak, run.longest = {}, {}, torch.zeros((), device=device), torch.zeros((), device=device)
+        run.means, run.scores, run.streak = {}, {}, torch.zeros((), device=device)
         run.note(grad=norm, skipped=skipped, lr=0.1)
-        assert run.means.keys() == {"grad", "skipped"} and run.scores == dict(lr=0.1) and run.longest.device == device
+        assert run.means.keys() == {"grad", "skipped"} and run.scores == dict(lr=0.1) and run.streak.device == device
 
     networks = lambda align: (SemanticVAE(VAEConfig(**PRESETS["demo"]["vae"] | dict(ssl_dim=96, align=align))), Discriminators(0.125), MelDistance(16000))
     dit, both, losses = DiT(DiTConfig(**PRESETS["paper"]["dit"])), [networks("down"), networks("up")], {}
@@ -205,7 +205,7 @@ def test_steps_share_out_every_clip_once_an_epoch(world):
         assert examples.step(0) == Utterances(data, "train", 3, join, seed=1).step(0)
         examples = Utterances(data, "train", 6, join, seed=1)
         for world_size in (1, 2):  # the ranks' parts make up the step
-            parts = [p for rank in range(world_size) for p in MicroBatches(examples, range(1), 1.5, rank, world_size).parts(0)]
+            parts = [p for rank in range(world_size) for p in MicroBatches(examples, 1.5, rank, world_size).parts(0)]
             assert [run for part in parts for run in part] == examples.step(0)
 
 
