@@ -251,6 +251,6 @@ if __name__ == "__main__":
     parser.add_argument("rows", nargs="*", help="train: their names")
     parser.add_argument("--judge", help="collect: the command")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "rows", help="where the runs are (default %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.work = args.work.resolve()
     {"train": train, "collect": collect, "table": table}[args.what](args)

@@ -28,6 +28,7 @@ sys.path.append(str(ROOT / "demo"))
 import evaluate
 import prepare
 import report
+import rows
 import sample
 import train_tts
 import train_vae
@@ -533,3 +534,26 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
     differing = lambda a, b: {k for k, _ in set(settings(a).items()) ^ set(settings(b).items())}
     assert differing("vae-libritts", "vae-vanilla") == {"out", "align_weight"} and differing("tts-libritts", "tts-vanilla") == {"out"}
     assert (tmp_path / "sample.wav").exists() and json.loads((tmp_path / "runs" / "tts" / "config.json").read_text())["model"] == "DiT"
+
+
+def test_rows_are_compared_over_the_same_utterances(tmp_path, monkeypatch, capsys):
+    """demo/rows.py: means over seeds and utterances; the interval of a difference that every utterance shares is narrow."""
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 1, 24)
+    entries, log = [], []
+    for kind, better in (("semantic-64", 0.25), ("vanilla-64", 0)):
+        for seed in range(2):
+            run = f"{kind}.{seed}.aligned"
+            log += [dict(run=run, step=step, seconds=2 * step, wer=0.5, valid_loss=0.7) for step in (1, 20, 40)]
+            for i, wer in enumerate(hard):
+                entries.append(dict(run=run, system="synthesis", utterance=f"u{i}", judge_wer=wer + 1 - better, judge_sim=0.5, asr_wer=1))
+                entries.append(dict(run=f"{kind}.{seed}", system="reconstruction", utterance=f"u{i}", judge_wer=wer, judge_sim=0.6, asr_wer=1))
+                entries += [dict(run=f"{kind}.{seed}", system=f"reconstruction+{level}", utterance=f"u{i}", asr_wer=level) for level in rows.NOISE]
+    monkeypatch.setattr(rows, "HERE", tmp_path)
+    rows.write_csv(tmp_path / "utterances.csv", entries)
+    rows.write_csv(tmp_path / "stage2.csv", log)
+    rows.table(None)
+    printed = capsys.readouterr().out
+    assert f"| semantic-64, aligned | 2 | {100 * (hard.mean() + 0.75):.1f} [" in printed and "| 30.0, 60.0, 100.0 |" in printed
+    assert "| semantic 64 - vanilla 64, aligned | -25.0 [-25.0, -25.0] | +0.000 [+0.000, +0.000] |" in printed
+    assert rows.minutes_per_step([row for row in log if row["run"] == run]) == pytest.approx(2 / 60)
