@@ -40,6 +40,7 @@ ROWS = {  # what each VAE differs in
     "mel-64": "--mel --encoder-steps 0 --steps 1000",  # its decoder learns for as many steps as the others'
 }
 NOISE = (0.3, 0.6, 1.0)  # in standard deviations of each channel
+INTELLIGIBLE = 30  # % WER of the 16 fixed sentences, by demo/ssl
 
 
 def run(script: str, *flags) -> None:
@@ -199,8 +200,8 @@ def table(args) -> None:
             noisy = [f"{100 * matrix(rows, f'reconstruction+{level}', 'asr_wer').mean():.1f}" for level in NOISE]
             similar = matrix(rows, "reconstruction", "judge_sim").mean()
             print(f"| {kind} | {len(words)} | {shown(words)}, {similar:.3f} | {', '.join(noisy)} |")
-    print("\n| VAE, text | seeds | synthesis: WER % | SIM | loss of validation clips |")
-    print("|---|---|---|---|---|")
+    print(f"\n| VAE, text | seeds | synthesis: WER % | SIM | minutes to {INTELLIGIBLE} % WER | loss of validation clips |")
+    print("|---|---|---|---|---|---|")
     curves = {}
     for (kind, *place), rows in by_row.items():
         if place:
@@ -209,9 +210,10 @@ def table(args) -> None:
             runs = [logs[name] for name in sorted({row["run"] for row in rows})]
             losses = [float([row["valid_loss"] for row in log if row["valid_loss"]][-1]) for log in runs]
             name = f"{kind}, {place[0]}"
-            print(f"| {name} | {len(words)} | {shown(words)} | {similar:.3f} | {np.mean(losses):.3f} |")
             curves[name] = [[(int(r["step"]) * minutes_per_step(log), 100 * float(r["wer"])) for r in log if r["wer"]]
                             for log in runs]
+            first = [next((f"{at:.1f}" for at, wer in points if wer < INTELLIGIBLE), "-") for points in curves[name]]
+            print(f"| {name} | {len(words)} | {shown(words)} | {similar:.3f} | {', '.join(first)} | {np.mean(losses):.3f} |")
     print("\n| synthesis, WER % | difference | in SIM |")
     print("|---|---|---|")
     for place in sorted({key[1] for key in by_row if len(key) == 2}):
