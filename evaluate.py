@@ -545,12 +545,12 @@ def main(argv=None):
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *cells in table:
         print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:]))]).rstrip())
-    if DEMO in Path(args.asr).resolve().parents or DEMO in Path(args.sim).resolve().parents:
+    if asr.demo or DEMO in Path(args.sim).resolve().parents:
         signature += "; by the demo's own scorers: compare nothing but the demo with it (--asr, --sim)"
     print(f"signature: n={len(lines)} {signature}; each utterance in {args.out}")
-    for path in (*work.glob(f"{mine}*.jsonl"), work / ".lock"):
-        path.unlink()
-    with contextlib.suppress(OSError):  # it holds other records; or NFS keeps a lock's file while it is open
+    with contextlib.suppress(OSError):  # NFS and Windows keep a lock's file while it is open; other records stay
+        for path in (*work.glob(f"{mine}*.jsonl"), work / ".lock"):
+            path.unlink()
         work.rmdir()
 
 

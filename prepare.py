@@ -1085,7 +1085,8 @@ class Run:
             raise InputError(f"{args.out} has made {self.first} steps, more than --steps {args.steps}: give more")
         self.means = {}
         self.scores = {}
-        self.streak = torch.zeros((), device=self.device)  # updates skipped in a row, until now
+        self.streak = torch.zeros((), device=self.device)  # updates skipped in a row, and the most of them
+        self.longest = torch.zeros((), device=self.device)
         if self.rank > 0:
             return
         if self.first == args.steps:
@@ -1134,6 +1135,7 @@ class Run:
                 self.scores[name] = value
         if "skipped" in values:
             self.streak = (self.streak + 1) * values["skipped"]
+            self.longest = torch.maximum(self.longest, self.streak)
 
     def score(self, evaluate, *args) -> None:
         """Rank 0 logs the dict that evaluate(*args) returns. Its time does not count in the throughput."""
@@ -1163,11 +1165,12 @@ class Run:
                 f.write(",".join(shown.get(name, "") for name in self.columns) + "\n")
             tqdm.write("  ".join(f"{name} {value}" for name, value in shown.items()))
             self.bar.set_postfix(loss=shown["loss"])
-        if self.streak >= 5:
+        if self.longest >= 5:
             raise InputError(f"step {done}: five updates in a row were skipped, since their gradients were not "
                              "finite: lower --lr, or look for recordings that are not speech, then --resume")
         self.means = {}
         self.scores = {}
+        self.longest.zero_()
         self.pace_start = time.time()
         self.audio = 0.0
 

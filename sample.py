@@ -289,7 +289,7 @@ def make_requests(args, dit: DiT, device) -> list[Request]:
     frames = math.ceil(len(wave) / dit.config.hop)
     requests = [Request(wave, ref_text, text, args.duration)]
     most = limit * rate / dit.config.hop
-    room = len(text.encode())
+    room = len(text.encode())  # of a piece: less and less, until the longest fits into what was trained on
     while not args.duration and room > 1:
         longest = max(plan(dit, frames, r, args.speed)[0] for r in requests)
         if longest <= most:

@@ -4,6 +4,7 @@
     python demo/make.py corpus --kokoro KOKORO --seed 1 --out BIG   # other voices and sentences, for training only
     python demo/make.py ssl --data demo/corpus --others REAL --whisper WHISPER   # demo/ssl: teacher, aligner, recogniser (ctranslate2)
     python demo/make.py sv --data demo/corpus --others REAL         # demo/sv: speaker similarity
+    python demo/make.py features --data DATA --whisper WHISPER      # Whisper's features into a prepared folder, as its teacher's
     python demo/make.py export --run RUN --out DIR                  # demo/vae and demo/tts: a run's weights in float16, and its log
 
 demo/README.md says where KOKORO, WHISPER and REAL come from, and with which flags the files here were made. Four voices and one
@@ -318,8 +319,8 @@ def set_front_end(model):
 
 
 def hear(waves, folder):
-    """[T] at 16 kHz → float32 [frames, 512] of each, 50 a second and at least one more than fits, from Whisper's encoder
-    in CTranslate2's form; clips share windows of 30 s."""
+    """[T] at 16 kHz → float32 [frames, 512] of each, 50 a second, up to two more than fit, from Whisper's encoder in
+    CTranslate2's form; clips share windows of 30 s."""
     import ctranslate2
     from transformers import WhisperFeatureExtractor
 

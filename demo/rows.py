@@ -47,13 +47,11 @@ def run(script: str, *flags) -> None:
     subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], check=True, cwd=ROOT)
 
 
-def learn(script: str, out: Path, flags: list) -> bool:
-    """Train the run `out` to its end, or go on with it; false if that was done before."""
-    if (out / "done").exists():
-        return False
-    run(script, "--out", out, *(["--resume"] if (out / "state.pt").exists() else flags))
-    (out / "done").touch()
-    return True
+def learn(script: str, out: Path, flags: list) -> None:
+    """Train the run `out` to its end, or go on with it."""
+    if not (out / "done").exists():
+        run(script, "--out", out, *(["--resume"] if (out / "state.pt").exists() else flags))
+        (out / "done").touch()
 
 
 def train(args) -> None:
@@ -80,7 +78,7 @@ def train(args) -> None:
 
 
 def judge(command: str, wavs: dict, out: Path) -> dict:
-    """{utterance: (WER, SIM, what was heard)} of the wavs; kept in the file `out`."""
+    """{utterance: (WER, SIM, what was heard)} of the wavs; kept in the file `out`, which goes with its run's folder."""
     lines = {line.gen: line for line in read_list(LIST)}
     if not out.exists():
         rows = [f"{wav}\t{lines[name].text}\t{find_audio(LIST.parent, lines[name].ref)}" for name, wav in wavs.items()]
@@ -90,6 +88,8 @@ def judge(command: str, wavs: dict, out: Path) -> dict:
         out.write_text(done.stdout)
     found = re.findall(r"^ *([\d.]+) +([\d.-]+) +(\S+) .*-> +\|(.*)\|$", out.read_text(), re.M)
     names = {Path(wav).name: name for name, wav in wavs.items()}
+    if {wav for _, _, wav, _ in found} != set(names):
+        sys.exit(f"error: {out} has {len(found)} utterances, expected the {len(names)} of {LIST}: remove it, and see --judge")
     return {names[wav]: (float(wer) / 100, float(sim), heard) for wer, sim, wav, heard in found}
 
 
@@ -254,5 +254,7 @@ if __name__ == "__main__":
     parser.add_argument("--judge", help="collect: the command")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "rows", help="where the runs are (default %(default)s)")
     args = parser.parse_intermixed_args()
+    if args.what == "collect" and not args.judge:
+        parser.error("collect needs --judge")
     args.work = args.work.resolve()
     {"train": train, "collect": collect, "table": table}[args.what](args)

@@ -98,9 +98,9 @@ def test_on_a_gpu_everything_is_on_the_gpu_and_losses_are_float32(monkeypatch):
             p.grad = torch.zeros_like(p)
         norm, skipped = prepare.clipped_step(optimizer, module.parameters(), 1)
         run = object.__new__(prepare.Run)
-        run.means, run.scores, run.streak = {}, {}, torch.zeros((), device=device)
+        run.means, run.scores, run.streak, run.longest = {}, {}, torch.zeros((), device=device), torch.zeros((), device=device)
         run.note(grad=norm, skipped=skipped, lr=0.1)
-        assert run.means.keys() == {"grad", "skipped"} and run.scores == dict(lr=0.1) and run.streak.device == device
+        assert run.means.keys() == {"grad", "skipped"} and run.scores == dict(lr=0.1) and run.longest.device == device
 
     networks = lambda align: (SemanticVAE(VAEConfig(**PRESETS["demo"]["vae"] | dict(ssl_dim=96, align=align))), Discriminators(0.125), MelDistance(16000))
     dit, both, losses = DiT(DiTConfig(**PRESETS["paper"]["dit"])), [networks("down"), networks("up")], {}
