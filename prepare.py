@@ -1305,6 +1305,8 @@ def parse_args(argv=None):
     if args.source or args.download:
         if not args.ssl:
             raise InputError("name the teacher with --ssl: microsoft/wavlm-large in the paper; none for a vanilla VAE")
+        if args.ssl == "none" and args.layer is not None:
+            raise InputError("--layer names a hidden state of the teacher, and --ssl none names no teacher: drop it")
         args.text = args.text or "raw"
     elif given:
         raise InputError(f"--{given[0].replace('_', '-')} says how sources are read: name a folder or a manifest")

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm, trange
 
 from evaluate import UNSPACED, Recognizer, error_rates, find_audio, read_list
-from model import (DiT, InputError, SemanticVAE, fold_weight_norm, local_folder, package, read_json, sample,
+from model import (DiT, DiTConfig, InputError, SemanticVAE, fold_weight_norm, local_folder, package, read_json, sample,
                    write_json)  # fmt: skip
 from prepare import (DEMO, FORMATS, at_least, barrier, cli, differences, file_stamp, has_bfloat16, lock, loudness,
                      normalize_text, read_audio, revision, start_ranks, switch, write_wave)  # fmt: skip
@@ -244,20 +244,22 @@ def normalized(text: str, mode: str, what: str) -> str:
     said = normalize_text(text, mode)
     if not any(map(str.isalnum, said)):
         raise InputError(f"nothing to say: {what} is empty, or punctuation alone")
-    lost = sorted({c for c in text if (c in "&%@#" or unicodedata.category(c)[0] == "S") and c not in said})
-    if lost:
-        print(f"the model was taught no signs: {' '.join(lost)} in {what} will not be said; write words for them")
     return said
 
 
-def warn_of_unknown(texts: list[str], notes: dict, vocabulary: str) -> None:
-    """Bytes can spell what no training text had: the model says something, but hardly that. A vocabulary cannot."""
-    found = sorted(set("".join(texts)))
-    if vocabulary:
-        unknown = [c for c in found if c != " " and to_symbols(c, vocabulary)[-1] == 0]
+def warn_of_unknown(texts: list[str], notes: dict, config: DiTConfig) -> None:
+    """Normalisation drops signs. Bytes can spell what no training text had: the model says something, but hardly that.
+    A vocabulary cannot."""
+    found = sorted(set(normalize_text(" ".join(texts), config.text)))
+    signs = (c for c in set("".join(texts)).difference(found) if c in "&%@#" or unicodedata.category(c)[0] == "S")
+    lost = " ".join(sorted(signs))
+    if lost:
+        print(f"the model was taught no signs: {lost} will not be said; write words for them")
+    if config.vocabulary:
+        unknown = [c for c in found if c != " " and to_symbols(c, config.vocabulary)[-1] == 0]
     else:
         unknown = sorted(set(found) - set(notes.get("characters", found)))
-    if unknown and vocabulary:
+    if unknown and config.vocabulary:
         print(f"the vocabulary has no {' '.join(unknown)}: the model reads a space there")
     elif unknown:
         print(f"the training texts had no {' '.join(unknown)}: what the model says there is a guess")
@@ -307,7 +309,7 @@ def say(args, dit, vae, generate, notes, device) -> None:
     """One text in one voice."""
     rate = dit.config.sample_rate
     requests = make_requests(args, dit, device)
-    warn_of_unknown([request.text for request in requests], notes, dit.config.vocabulary)
+    warn_of_unknown([args.text, args.ref_text or ""], notes, dit.config)
     asr = Recognizer(args.asr, device, args.language) if args.takes > 1 else None
     text = " ".join(request.text for request in requests)
     start = time.time()
@@ -379,8 +381,7 @@ def say_list(args, dit, vae, generate, notes, rank, world) -> None:
     barrier()  # all ranks have seen the same files before the first is written
     if rank == 0:
         print(f"{len(lines)} lines, {len(there)} there already")
-        texts = [normalize_text(line.text, dit.config.text) for line in todo]
-        warn_of_unknown(texts, notes, dit.config.vocabulary)
+        warn_of_unknown([text for line in todo for text in (line.text, line.ref_text)], notes, dit.config)
         write_json(stamp, settings | dict(said=before | said))
     todo = sorted(todo, key=lambda line: line.ref_seconds + line.gen_seconds)[rank::world]
     start = time.time()

@@ -184,10 +184,10 @@ def test_english_needs_characters_alone_and_chinese_two_packages(f5, monkeypatch
 
 
 def test_characters_outside_the_vocabulary_are_said(f5, capsys):
-    vocabulary = DiT.from_pretrained(f5).config.vocabulary
-    sample.warn_of_unknown(["Is it “so”; he", "the bird"], {}, vocabulary)  # quotes and ; have their symbols
+    config = DiT.from_pretrained(f5).config
+    sample.warn_of_unknown(["Is it “so”; he", "the bird"], {}, config)  # quotes and ; have their symbols
     assert not capsys.readouterr().out
-    sample.warn_of_unknown(["Æsop", "the bird", "né"], {}, vocabulary)
+    sample.warn_of_unknown(["Æsop", "the bird", "né"], {}, config)
     assert capsys.readouterr().out == "the vocabulary has no Æ é: the model reads a space there\n"
 
 

@@ -18,7 +18,7 @@ import prepare
 import sample
 import train_tts
 import train_vae
-from model import InputError, SemanticVAE
+from model import DiTConfig, InputError, SemanticVAE
 from prepare import Data
 
 # ------------------------------------------------------------------------------------------ the user's own files
@@ -281,6 +281,7 @@ def test_trainings_refuse_flags_that_would_do_nothing(world, tmp_path, fails):
     vae = ["--data", world.data, "--out", tmp_path / "vae", *VAE_FLAGS]
     fails(train_vae.main, [*vae, "--init", world.vae, "--mel"], "was trained without --mel")
     fails(train_vae.main, [*vae, "--encoder-lr", 0], "name it with --init")
+    fails(prepare.main, [world.corpus, "--out", tmp_path / "data", "--ssl", "none", "--layer", 3], "names no teacher: drop it")
     fails(train_vae.main, [*vae, "--crop", 0.03, "--align-weight", 0], "frames of 400 samples: 1025 are needed")
 
 
@@ -556,9 +557,10 @@ def test_half_a_recording_is_no_recording(tmp_path, capsys):
 
 
 def test_signs_that_are_no_letters_are_said_to_be_lost(capsys):
-    assert sample.normalized("a bird & a river @ 50% + more", "plain", "the text") == "a bird a river 50 more"
-    assert "no signs: % & + @ in the text will not be said" in capsys.readouterr().out
-    assert sample.normalized("a bird & a river", "raw", "the text") == "a bird & a river"
+    texts = ["a bird & a river @ 50% + more", "a bird & another"]
+    sample.warn_of_unknown(texts, {}, DiTConfig(text="plain"))
+    assert capsys.readouterr().out == "the model was taught no signs: % & + @ will not be said; write words for them\n"
+    sample.warn_of_unknown(texts, {}, DiTConfig(text="raw"))
     assert not capsys.readouterr().out
 
 
@@ -573,6 +575,11 @@ def test_the_demos_recogniser_is_not_trusted_with_other_speech(world, tmp_path, 
     ref = ["--tts", world.tts, "--ref", world.corpus / "audio" / "3.wav", "--text", "by the river", "--steps", 1]
     sample.main([str(a) for a in (*ref, "--out", tmp_path / "a.wav", "--asr", prepare.DEMO / "ssl")])
     assert "the demo's recogniser knows 150 words" in capsys.readouterr().out
+    data = shutil.copytree(world.data, tmp_path / "data")
+    index = data / "index.tsv"
+    index.write_text(index.read_text().replace("small", "zebra").replace("river", "zebra").replace("by", "ox"))
+    train_tts.main([str(a) for a in ("--data", data, "--out", tmp_path / "tts", *TTS_FLAGS, "--steps", 1)])
+    assert "cer and wer mean nothing" in capsys.readouterr().out
 
 
 def test_characters_that_no_training_text_had_are_said(world, tmp_path, capsys):
