@@ -1,14 +1,16 @@
 """How everything in demo/ was made. Needed only to make it again; the repository's scripts never import this file.
 
-    python demo/make.py corpus --kokoro KOKORO                      # demo/corpus: 52 voices, 50 minutes (onnxruntime, espeak-ng)
+    python demo/make.py corpus --kokoro KOKORO     # demo/corpus: 52 voices, 50 minutes (onnxruntime, espeak-ng)
     python demo/make.py corpus --kokoro KOKORO --seed 1 --out BIG   # other voices and sentences, for training only
-    python demo/make.py ssl --data demo/corpus --others REAL --whisper WHISPER   # demo/ssl: teacher, aligner, recogniser (ctranslate2)
+    python demo/make.py ssl --data demo/corpus --others REAL --whisper WHISPER
+                                                   # demo/ssl: teacher, aligner, recogniser (ctranslate2)
     python demo/make.py sv --data demo/corpus --others REAL         # demo/sv: speaker similarity
-    python demo/make.py features --data DATA --whisper WHISPER      # Whisper's features into a prepared folder, as its teacher's
-    python demo/make.py export --run RUN --out DIR                  # demo/vae and demo/tts: a run's weights in float16, and its log
+    python demo/make.py features --data DATA --whisper WHISPER
+                                                   # Whisper's features into a prepared folder, as its teacher's
+    python demo/make.py export --run RUN --out DIR # demo/vae and demo/tts: a run's weights in float16, and its log
 
-demo/README.md says where KOKORO, WHISPER and REAL come from, and with which flags the files here were made. Four voices and one
-sentence in eight are held out from everything.
+demo/README.md says where KOKORO, WHISPER and REAL come from, and with which flags the files here were made. Four voices
+and one sentence in eight are held out from everything.
 """
 
 import argparse
@@ -65,7 +67,9 @@ def sentence(rng: random.Random) -> str:
         return f"{pick(DET)} {pick(ADJ)} {pick(WHO)}" if rng.random() < 0.4 else f"{pick(DET)} {pick(WHO)}"
 
     def what():
-        return f"{pick(['the', 'a', 'my', 'your'])} {pick(COLOUR)} {pick(WHAT)}" if rng.random() < 0.6 else f"the {pick(WHAT)}"
+        if rng.random() < 0.6:
+            return f"{pick(['the', 'a', 'my', 'your'])} {pick(COLOUR)} {pick(WHAT)}"
+        return f"the {pick(WHAT)}"
 
     def after(*more):
         return pick(["", f" {pick(WHERE)}", f" {pick(WHEN + list(more))}"])
@@ -107,7 +111,8 @@ TEST_VOICES = ["af_sarah", "am_michael", "bf_emma", "bm_george"]  # held out fro
 
 
 def voices(folder: Path, count: int, seed: int) -> dict[str, np.ndarray]:
-    """The English voices but for those held out, and mixtures of two of one sex and accent or sex; each float32 [510, 256]."""
+    """The English voices but for those held out, and mixtures of two of one sex and accent or sex; each float32
+    [510, 256]."""
     single = {p.stem: np.fromfile(p, np.float32).reshape(510, 256) for p in sorted(folder.glob("[ab][fm]_*.bin"))}
     known = [name for name in single if name not in TEST_VOICES]
     chosen = {name: single[name] for name in known[:count]} if seed == 0 else {}
@@ -139,8 +144,9 @@ def start(kokoro: str):
 def speak(job) -> tuple[np.ndarray, str]:
     text, style, speed, british, path = job
     ids = [symbols[c] for c in phonemes(text, british)]
-    wave = session.run(None, dict(tokens=np.array([[0, *ids, 0]]), style=style[None, len(ids)], speed=np.array([speed], np.float32)))[0].reshape(-1)
-    wave = torchaudio.functional.resample(torch.from_numpy(wave), 24000, RATE)
+    speed = np.array([speed], np.float32)
+    (wave, *_) = session.run(None, dict(tokens=np.array([[0, *ids, 0]]), style=style[None, len(ids)], speed=speed))
+    wave = torchaudio.functional.resample(torch.from_numpy(wave.reshape(-1)), 24000, RATE)
     loud = (wave.abs() > 0.02 * wave.abs().max()).nonzero()
     wave = wave[max(0, loud[0].item() - RATE // 20) : loud[-1].item() + RATE // 20]
     wave = (wave * 0.08 / wave.square().mean().sqrt()).clamp(-0.99, 0.99).numpy()
@@ -150,13 +156,18 @@ def speak(job) -> tuple[np.ndarray, str]:
 
 def make_corpus(args):
     """audio/*.opus, manifest.csv (audio|speaker|text|split) and test.lst (LibriSpeech-PC's six columns)."""
-    rng, seen, jobs, rows = random.Random(args.seed), set(), [], []
+    rng = random.Random(args.seed)
+    seen = set()
+    jobs = []
+    rows = []
     (args.out / "audio").mkdir(parents=True, exist_ok=True)
     chosen = voices(args.kokoro / "voices", args.voices, args.seed)
-    plan = [(name, style, split, n) for name, style in chosen.items() for split, n in (("train", args.sentences), ("valid", 0 if args.seed else 2))]
+    counts = dict(train=args.sentences, valid=0 if args.seed else 2)
+    plan = [(name, style, split, n) for name, style in chosen.items() for split, n in counts.items()]
     if not args.seed:
-        held = {name: np.fromfile(args.kokoro / "voices" / f"{name}.bin", np.float32).reshape(510, 256) for name in TEST_VOICES}
-        plan += [(name, style, "test", 12) for name, style in held.items()]
+        for name in TEST_VOICES:
+            style = np.fromfile(args.kokoro / "voices" / f"{name}.bin", np.float32).reshape(510, 256)
+            plan.append((name, style, "test", 12))
     order = {}
     for name, style, split, count in plan:
         number = order.setdefault(name, len(order))
@@ -185,7 +196,8 @@ def make_corpus(args):
             for (gen, gen_s, gen_text), (ref, ref_s, ref_text) in zip(clips, clips[1:] + clips[:1]):
                 f.write(f"{ref}\t{ref_s:.3f}\t{ref_text}\t{gen}\t{gen_s:.3f}\t{gen_text}\n")
     size = sum(p.stat().st_size for p in (args.out / "audio").iterdir())
-    print(f"{len(rows)} clips, {sum(seconds) / 60:.1f} minutes, {len({w for r in rows for w in r[2].split()})} words, {size / 1e6:.2f} MB")
+    words = {word for row in rows for word in row[2].split()}
+    print(f"{len(rows)} clips, {sum(seconds) / 60:.1f} minutes, {len(words)} words, {size / 1e6:.2f} MB")
 
 
 # ----------------------------------------------------------------------------- training clips for the two small models
@@ -249,7 +261,8 @@ def augment(wave, rng):
 
 
 def faster(clip, rng):
-    """Most clips at another rate, with other pitch and formants: a new voice. Whisper's features are stretched likewise."""
+    """Most clips at another rate, with other pitch and formants: a new voice. Whisper's features are stretched
+    likewise."""
     if rng.random() < 0.3:
         return clip
     length = round(len(clip.wave) / rng.uniform(0.85, 1.18))
@@ -260,7 +273,8 @@ def faster(clip, rng):
 
 def batches(clips, seconds, rng):
     """Lists of clips of similar lengths, in random order, each of at most `seconds` of padded audio."""
-    out, batch = [], []
+    out = []
+    batch = []
     for clip in sorted(clips, key=lambda clip: len(clip.wave) + rng.uniform(0, RATE / 2)):
         if batch and len(clip.wave) * (len(batch) + 1) > seconds * RATE:
             out.append(batch)
@@ -326,7 +340,8 @@ def hear(waves, folder):
 
     whisper = ctranslate2.models.Whisper(str(folder), compute_type="int8", intra_threads=1)
     mel = WhisperFeatureExtractor()
-    windows, at = [[]], 0
+    windows = [[]]
+    at = 0
     for i, wave in enumerate(waves):
         if at + len(wave) > 30 * RATE:
             windows.append([])
@@ -381,7 +396,9 @@ def fit(model, epoch, loss_of, args):
     The matrices inside learn with Muon, which needs less than half of AdamW's steps here; all else with AdamW.
 
     epoch: rng → batches in random order; loss_of: batch, rng → the loss' parts."""
-    rng, step, start = random.Random(args.seed), 0, time.time()
+    rng = random.Random(args.seed)
+    step = 0
+    start = time.time()
     mean = None
     inner = [p for name, p in model.named_parameters() if re.search(r"\.layers\.|^tdnn", name)]
     square = [p for p in inner if p.ndim == 2 and min(p.shape) > 100]
@@ -389,13 +406,15 @@ def fit(model, epoch, loss_of, args):
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01),
                   torch.optim.Muon(square, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
     ema = [p.detach().clone() for p in model.parameters()]
-    resume, log = args.work / f"{args.what}.pt", args.out / "log.csv"
+    resume = args.work / f"{args.what}.pt"
+    log = args.out / "log.csv"
     if resume.exists():
         saved = torch.load(resume, weights_only=True)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        ema, step = saved["ema"], saved["step"]
+        ema = saved["ema"]
+        step = saved["step"]
         rng.seed(args.seed + step)
         torch.manual_seed(args.seed + step)
     else:
@@ -448,7 +467,8 @@ def make_ssl(args):
     both = torch.nn.ModuleDict(dict(model=model, tell=torch.nn.Linear(192, 512)))  # tell: for training only
     set_front_end(model)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    clips, most = [], 0
+    clips = []
+    most = 0
     for folder in args.data + args.others:
         mine = read_clips([folder], ["train"])
         told = whisper_features(mine, args.whisper, args.work / f"whisper-{folder.name}.pt")
@@ -456,7 +476,8 @@ def make_ssl(args):
         most = len(clips) if folder in args.data else most
     print(f"{most} clips of the corpus, {len(clips) - most} others")
     some = torch.cat([clip.told for clip in clips[::5]]).float()
-    centre, spread = some.mean(0), some.std(0)
+    centre = some.mean(0)
+    spread = some.std(0)
 
     def epoch(rng):
         """The corpus and, clip for clip, a quarter as many of the others, in batches of similar lengths."""
@@ -557,7 +578,8 @@ def make_sv(args):
 
 # ----------------------------------------------------------------------------- weights
 def export(args):
-    """The averaged weights of a run in float16, its settings and its log; a DiT's path to its VAE is made to fit its new place."""
+    """The averaged weights of a run in float16, its settings and its log; a DiT's path to its VAE is made to fit its
+    new place."""
     sys.path.insert(0, str(HERE.parent))
     from model import DiT, SemanticVAE
 
@@ -581,12 +603,12 @@ if __name__ == "__main__":
     parser.add_argument("--voices", type=int, default=48, help="corpus: voices to train on")
     parser.add_argument("--sentences", type=int, default=26, help="corpus: training sentences a voice")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="corpus: processes that speak")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="ssl, sv: folder of a corpus; may be repeated")
+    parser.add_argument("--data", type=Path, action="append", default=[], help="ssl, sv: a corpus; may be repeated")
     parser.add_argument("--others", type=Path, action="append", default=[], help="ssl, sv: folder of other clips")
     parser.add_argument("--whisper", type=Path, help="ssl: folder of Whisper base in CTranslate2's form")
     parser.add_argument("--run", type=Path, help="export: the run's folder")
     parser.add_argument("--vae", type=Path, help="export: where a DiT's exported VAE is")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/demo-make"), help="ssl, sv: for the state to resume from")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/demo-make"), help="ssl, sv: the state to resume from")
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch-seconds", type=float, default=40)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -601,4 +623,5 @@ if __name__ == "__main__":
     if args.what != "features":
         args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
-    {"corpus": make_corpus, "ssl": make_ssl, "sv": make_sv, "export": export, "features": store_features}[args.what](args)
+    makers = dict(corpus=make_corpus, ssl=make_ssl, sv=make_sv, export=export, features=store_features)
+    makers[args.what](args)

@@ -184,7 +184,7 @@ def main(argv=None):
     heard = {(record["system"], record["utterance"]): record["hypothesis"] for record in records}
     lines = [line for line in read_list(args.list) if (systems[0], line.gen) in heard]
     if not lines:
-        raise InputError(f"{args.list} has none of the utterances of {args.scores}: name evaluate.py's list with --list")
+        raise InputError(f"{args.list} has none of the utterances of {args.scores}: name the scores' list with --list")
     for run in args.runs:
         if not (run / "log.csv").is_file():
             raise InputError(f"{run} is no run folder (no log.csv): name what train_vae.py and train_tts.py wrote")

@@ -1,8 +1,8 @@
 """The paper's question in small: rows that differ in one flag, stage 1 and 2 of each, a table and a figure.
 
-    python demo/rows.py train semantic-64.0.aligned vanilla-64.0.aligned …   # each trained, spoken and scored; continues
-    python demo/rows.py collect --judge "COMMAND"                 # runs/rows → demo/rows/*.csv
-    python demo/rows.py table                                     # demo/rows/*.csv → the table, and wer.svg (matplotlib)
+    python demo/rows.py train semantic-64.0.aligned …   # each trained, spoken and scored; continues
+    python demo/rows.py collect --judge "COMMAND"       # runs/rows → demo/rows/*.csv
+    python demo/rows.py table                           # demo/rows/*.csv → the table, and wer.svg (matplotlib)
 
 COMMAND reads a list (wav, text, prompt, tab-separated), and prints a line an utterance: WER in %, SIM, the wav's name,
 |text| -> |what it heard|.
@@ -30,7 +30,8 @@ from prepare import write_wave
 
 HERE = ROOT / "demo" / "rows"
 LIST = ROOT / "demo" / "corpus" / "test.lst"
-VAE = "--preset demo --latent-dim 64 --encoder-steps 2000 --steps 3000 --teacher-weight 0 --adv-weight 0 --eval-every 1000"
+VAE = "--preset demo --latent-dim 64 --encoder-steps 2000 --steps 3000 --teacher-weight 0 --adv-weight 0"
+VAE += " --eval-every 1000"
 TTS = "--preset demo --steps 600 --eval-every 120 --eval-sentences 16 --log-every 20"
 ROWS = {  # what each VAE differs in
     "semantic-64": "",  # teacher: Whisper base
@@ -89,7 +90,8 @@ def judge(command: str, wavs: dict, out: Path) -> dict:
     found = re.findall(r"^ *([\d.]+) +([\d.-]+) +(\S+) .*-> +\|(.*)\|$", out.read_text(), re.M)
     names = {Path(wav).name: name for name, wav in wavs.items()}
     if {wav for _, _, wav, _ in found} != set(names):
-        sys.exit(f"error: {out} has {len(found)} utterances, expected the {len(names)} of {LIST}: remove it, and see --judge")
+        expected = f"{len(found)} utterances, expected the {len(names)} of {LIST}"
+        sys.exit(f"error: {out} has {expected}: remove it, and see --judge")
     return {names[wav]: (float(wer) / 100, float(sim), heard) for wer, sim, wav, heard in found}
 
 
@@ -124,7 +126,8 @@ def collect(args) -> None:
             judged_system = "synthesis"
         judged = judge(args.judge, wavs, run_folder / "judged.txt")
         for row in read_csv(run_folder / "scores.csv"):
-            entry = dict(run=name, system=row["system"], utterance=row["utterance"], asr_wer=row["wer"], asr_heard=row["hypothesis"])
+            entry = dict(run=name, system=row["system"], utterance=row["utterance"])
+            entry |= dict(asr_wer=row["wer"], asr_heard=row["hypothesis"])
             if row["system"] == judged_system:
                 wer, sim, heard = judged[row["utterance"]]
                 entry |= dict(judge_wer=f"{wer:.4f}", judge_sim=sim, judge_heard=heard)
@@ -160,7 +163,7 @@ def matrix(rows: list[dict], system: str, column: str) -> np.ndarray:
 
 
 def resampled(values: np.ndarray, stream: int = 0) -> np.ndarray:
-    """2000 bootstrap means over seeds and utterances: the same utterances whatever the stream, which draws the seeds."""
+    """2000 bootstrap means over seeds and utterances: the same utterances whatever the stream, which draws seeds."""
     means = []
     for k in range(2000):
         utterances = np.random.default_rng(k).integers(0, values.shape[1], values.shape[1])
@@ -200,7 +203,8 @@ def table(args) -> None:
             noisy = [f"{100 * matrix(rows, f'reconstruction+{level}', 'asr_wer').mean():.1f}" for level in NOISE]
             similar = matrix(rows, "reconstruction", "judge_sim").mean()
             print(f"| {kind} | {len(words)} | {shown(words)}, {similar:.3f} | {', '.join(noisy)} |")
-    print(f"\n| VAE, text | seeds | synthesis: WER % | SIM | minutes to {INTELLIGIBLE} % WER | loss of validation clips |")
+    columns = f"synthesis: WER % | SIM | minutes to {INTELLIGIBLE} % WER | loss of validation clips"
+    print(f"\n| VAE, text | seeds | {columns} |")
     print("|---|---|---|---|---|---|")
     curves = {}
     for (kind, *place), rows in by_row.items():
@@ -213,11 +217,13 @@ def table(args) -> None:
             curves[name] = [[(int(r["step"]) * minutes_per_step(log), 100 * float(r["wer"])) for r in log if r["wer"]]
                             for log in runs]
             first = [next((f"{at:.1f}" for at, wer in points if wer < INTELLIGIBLE), "-") for points in curves[name]]
-            print(f"| {name} | {len(words)} | {shown(words)} | {similar:.3f} | {', '.join(first)} | {np.mean(losses):.3f} |")
+            cells = [name, len(words), shown(words), f"{similar:.3f}", ", ".join(first), f"{np.mean(losses):.3f}"]
+            print(f"| {' | '.join(map(str, cells))} |")
     print("\n| synthesis, WER % | difference | in SIM |")
     print("|---|---|---|")
     for place in sorted({key[1] for key in by_row if len(key) == 2}):
-        ours, other = by_row.get(("semantic-64", place)), by_row.get(("vanilla-64", place))
+        ours = by_row.get(("semantic-64", place))
+        other = by_row.get(("vanilla-64", place))
         if ours and other:
             cells = []
             for column, factor, digits in (("judge_wer", 100, 1), ("judge_sim", 1, 3)):
@@ -252,7 +258,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["train", "collect", "table"])
     parser.add_argument("rows", nargs="*", help="train: their names")
     parser.add_argument("--judge", help="collect: the command")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "rows", help="where the runs are (default %(default)s)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "rows", help="the runs (default %(default)s)")
     args = parser.parse_intermixed_args()
     if args.what == "collect" and not args.judge:
         parser.error("collect needs --judge")

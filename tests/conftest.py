@@ -14,7 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", TOKENIZERS_PARALLELISM="false")  # on CPUs everywhere: that is where results are the same to the bit
+# on CPUs everywhere: that is where results are the same to the bit
+os.environ.update(
+    HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", TOKENIZERS_PARALLELISM="false"
+)
 
 import numpy as np
 import pytest
@@ -26,16 +29,22 @@ import train_tts
 import train_vae
 from model import PRESETS
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # the tests are small: a second thread costs more than it gives
+# the tests are small: a second thread costs more than it gives
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 prepare.Aligner.WORST = -math.inf  # the small world's recogniser knows nothing
-PRESETS["demo"]["vae"] |= dict(encoder_dim=4, decoder_dim=64)  # smaller; scripts that tests start as processes have the preset as it is
+# smaller; scripts that tests start as processes have the preset as it is
+PRESETS["demo"]["vae"] |= dict(encoder_dim=4, decoder_dim=64)
 PRESETS["demo"]["dit"] |= dict(width=64, depth=3, heads=1, text_dim=32)
 RATE = 16000
 # Pairs, and a last one alone: so that results are the same on every CPU.
-VAE_FLAGS = ["--preset", "demo", "--steps", "2", "--batch-seconds", "1.6", "--crop", "0.4", "--eval-every", "2", "--log-every", "1", "--adv-start", "1",
-             "--eval-clips", "2", "--disc-width", "0.0625", "--encoder-steps", "0", "--no-compile"]  # fmt: skip
-TTS_FLAGS = ["--preset", "demo", "--warmup", "0", "--lr", "4e-5", "--steps", "2", "--batch-seconds", "6", "--micro-seconds", "100", "--eval-every", "2", "--log-every", "1",
-             "--eval-sentences", "2", "--sample-steps", "2", "--no-bf16"]  # fmt: skip
+VAE_FLAGS = [
+    "--preset", "demo", "--steps", "2", "--batch-seconds", "1.6", "--crop", "0.4", "--eval-every", "2", "--log-every",
+    "1", "--adv-start", "1", "--eval-clips", "2", "--disc-width", "0.0625", "--encoder-steps", "0", "--no-compile",
+]
+TTS_FLAGS = [
+    "--preset", "demo", "--warmup", "0", "--lr", "4e-5", "--steps", "2", "--batch-seconds", "6", "--micro-seconds",
+    "100", "--eval-every", "2", "--log-every", "1", "--eval-sentences", "2", "--sample-steps", "2", "--no-bf16",
+]
 
 
 def tone(seconds: float, seed: int) -> np.ndarray:
@@ -54,9 +63,13 @@ def write_corpus(folder: Path, clips: int = 9) -> Path:
     rows = ["audio|speaker|text|split"]
     for i in range(clips):
         sf.write(folder / "audio" / f"{i}.wav", tone(1.0 + 0.1 * i, i), RATE)
-        rows.append(f"audio/{i}.wav|s{i % 2}|{' '.join(random.Random(i).choices(words, k=4))}|{'valid' if i >= clips - 3 else 'train'}")
+        text = " ".join(random.Random(i).choices(words, k=4))
+        rows.append(f"audio/{i}.wav|s{i % 2}|{text}|{'valid' if i >= clips - 3 else 'train'}")
     (folder / "manifest.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    lines = [f"audio/{a}.wav\t{1 + 0.1 * a:.1f}\tone small bird sang\taudio/{b}.wav\t{1 + 0.1 * b:.1f}\tby the river" for a, b in ((0, 2), (1, 3), (2, 4))]
+    lines = [
+        f"audio/{a}.wav\t{1 + 0.1 * a:.1f}\tone small bird sang\taudio/{b}.wav\t{1 + 0.1 * b:.1f}\tby the river"
+        for a, b in ((0, 2), (1, 3), (2, 4))
+    ]
     (folder / "test.lst").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
@@ -67,13 +80,22 @@ def tiny_ssl(folder: Path, seed: int = 0, letters: str = string.ascii_lowercase)
 
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    config = WavLMConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7, num_conv_pos_embeddings=15,
-                         num_conv_pos_embedding_groups=4, feat_extract_norm="layer", do_stable_layer_norm=True, vocab_size=30)  # fmt: skip
+    config = WavLMConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=15, num_conv_pos_embedding_groups=4, feat_extract_norm="layer",
+        do_stable_layer_norm=True, vocab_size=30,
+    )
     WavLMForCTC(config).save_pretrained(folder)
     vocab = {c: i for i, c in enumerate(["<pad>", "<unk>", "|", "'", *letters])}
     (folder / "vocab.json").write_text(json.dumps(vocab))
-    tokenizer = Wav2Vec2CTCTokenizer(folder / "vocab.json", bos_token=None, eos_token=None, unk_token="<unk>", pad_token="<pad>", word_delimiter_token="|")
-    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=RATE, do_normalize=True, return_attention_mask=True), tokenizer).save_pretrained(folder)
+    tokenizer = Wav2Vec2CTCTokenizer(
+        folder / "vocab.json", bos_token=None, eos_token=None, unk_token="<unk>", pad_token="<pad>",
+        word_delimiter_token="|",
+    )
+    Wav2Vec2Processor(
+        Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=RATE, do_normalize=True, return_attention_mask=True),
+        tokenizer,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -81,10 +103,15 @@ def tiny_sv(folder: Path) -> Path:
     from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
     torch.manual_seed(1)
-    config = WavLMConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=(16,) * 7, num_conv_pos_embeddings=15,
-                         num_conv_pos_embedding_groups=4, feat_extract_norm="layer", tdnn_dim=(32,) * 5, xvector_output_dim=16, num_labels=2)  # fmt: skip
+    config = WavLMConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=15, num_conv_pos_embedding_groups=4, feat_extract_norm="layer", tdnn_dim=(32,) * 5,
+        xvector_output_dim=16, num_labels=2,
+    )
     WavLMForXVector(config).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=RATE, do_normalize=True, return_attention_mask=True).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(
+        feature_size=1, sampling_rate=RATE, do_normalize=True, return_attention_mask=True
+    ).save_pretrained(folder)
     return folder
 
 
@@ -93,9 +120,16 @@ class World:
 
     def __init__(self, root: Path):
         self.root = root
-        self.corpus, self.ssl, self.sv = write_corpus(root / "corpus"), tiny_ssl(root / "ssl"), tiny_sv(root / "sv")
-        self.data, self.vae, self.tts = root / "data", root / "vae", root / "tts"
-        prepare.main([str(self.corpus), "--out", str(self.data), "--ssl", str(self.ssl), "--aligner", str(self.ssl), "--text", "plain"])
+        self.corpus = write_corpus(root / "corpus")
+        self.ssl = tiny_ssl(root / "ssl")
+        self.sv = tiny_sv(root / "sv")
+        self.data = root / "data"
+        self.vae = root / "vae"
+        self.tts = root / "tts"
+        prepare.main([
+            str(self.corpus), "--out", str(self.data), "--ssl", str(self.ssl), "--aligner", str(self.ssl), "--text",
+            "plain",
+        ])
         train_vae.main(["--data", str(self.data), "--out", str(self.vae), *VAE_FLAGS])
         prepare.main(["--out", str(self.data), "--ssl", "none", "--vae", str(self.vae)])
         train_tts.main(["--data", str(self.data), "--out", str(self.tts), "--asr", str(self.ssl), *TTS_FLAGS])

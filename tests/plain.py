@@ -39,15 +39,18 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
     crops = train_vae.Crops(data, vae.config, args.crop, args.seed, data.meta["ssl"])
     if args.unit_latents:
         train_vae.unit_latents(vae, torch.stack([crops[k]["wave"] for k in range(32)]).to(device))
-    discriminators, mel = train_vae.Discriminators(args.disc_width).to(device), MelDistance(data.rate).to(device)
+    discriminators = train_vae.Discriminators(args.disc_width).to(device)
+    mel = MelDistance(data.rate).to(device)
     encoding = [p for name, p in vae.named_parameters() if not name.startswith(vae.AFTER_LATENTS)]
     decoding = [p for name, p in vae.named_parameters() if name.startswith(vae.AFTER_LATENTS)]
     optimizer = torch.optim.AdamW([dict(params=decoding), dict(params=encoding)], betas=(0.8, 0.99))
-    optimizer_d, ema = torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99)), copy.deepcopy(vae)
+    optimizer_d = torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99))
+    ema = copy.deepcopy(vae)
     per_step = round(args.batch_seconds / (crops.frames * vae.config.hop / data.rate))
     numbers = train_vae.CropNumbers(per_step, 0, per_step, per_step, 0, 1)
     parts = (part for step in range(args.steps) for part in numbers.parts(step))
-    loader, rows = iter(torch.utils.data.DataLoader(crops, batch_sampler=parts)), []
+    loader = iter(torch.utils.data.DataLoader(crops, batch_sampler=parts))
+    rows = []
     convolve(vae)
     for step in range(args.steps):
         rate = args.lr * args.lr_decay**step
@@ -56,14 +59,20 @@ def train(argv, device=torch.device("cpu")) -> list[dict]:
         optimizer.param_groups[1]["lr"] = rate * args.encoder_lr
         batch = {k: v.to(device) for k, v in next(loader).items()}
         fake, z, mean, logvar, aligned = vae(batch["wave"], batch["noise"], batch["features"])
-        losses = dict(mel=mel(fake, batch["wave"]), kl=kl_loss(mean, logvar), align=vae.projectors.loss(z, aligned, batch["valid"]))
+        losses = dict(
+            mel=mel(fake, batch["wave"]),
+            kl=kl_loss(mean, logvar),
+            align=vae.projectors.loss(z, aligned, batch["valid"]),
+        )
         if step >= args.adv_start:
             losses["disc"] = train_vae.discriminator_loss(discriminators(fake.detach()), discriminators(batch["wave"]))
             optimizer_d.zero_grad()
             losses["disc"].backward()
             torch.nn.utils.clip_grad_norm_(discriminators.parameters(), train_vae.MAX_NORM)
             optimizer_d.step()
-            losses["adv"], losses["feature"] = train_vae.generator_losses(discriminators(fake), discriminators(batch["wave"]))
+            losses["adv"], losses["feature"] = train_vae.generator_losses(
+                discriminators(fake), discriminators(batch["wave"])
+            )
         weights = dict(mel=15, adv=args.adv_weight, feature=2, kl=args.kl_weight, align=args.align_weight)
         loss = sum(weights[k] * v for k, v in losses.items() if k in weights)
         optimizer.zero_grad()

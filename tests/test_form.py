@@ -1,4 +1,5 @@
-"""The form of the six scripts, which are to be read: narrow, in two halves, strict in what they load, and each leaning on few others."""
+"""The form of what is to be read: all code narrow and without named lambdas; the six scripts in two halves, strict in
+what they load, and each leaning on few others."""
 
 import ast
 import re
@@ -7,7 +8,9 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ("model", "prepare", "train_vae", "train_tts", "sample", "evaluate")
-LEANS = {("sample", "evaluate"), ("train_tts", "sample"), ("train_tts", "evaluate")}  # beside all on model, and all but it on prepare
+FILES = [path.relative_to(ROOT).as_posix() for folder in ("", "demo", "tests") for path in (ROOT / folder).glob("*.py")]
+# Beside all on model, and all but it on prepare.
+LEANS = {("sample", "evaluate"), ("train_tts", "sample"), ("train_tts", "evaluate")}
 
 
 def text(script: str) -> str:
@@ -36,14 +39,20 @@ def named_lambdas(tree: ast.AST) -> list[int]:
     return sorted(lines)
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_code_is_narrow(file):
+    code = (ROOT / file).read_text(encoding="utf-8")
+    wide = [number for number, line in enumerate(code.split("\n"), 1) if len(line) > 120]
+    assert not wide, f"{file} has lines wider than 120 columns: {wide}"
+    lambdas = named_lambdas(ast.parse(code))
+    assert not lambdas, f"{file} names lambdas in lines {lambdas}: def has a place for a docstring"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_has_its_form(script):
-    wide = [number for number, line in enumerate(text(script).split("\n"), 1) if len(line.encode()) > 120]
-    assert not wide, f"{script}.py has lines wider than 120 columns: {wide}"
     assert text(script).count("# You can stop here.") == 1
     assert "strict=False" not in text(script)
     tree = ast.parse(text(script))
-    assert not named_lambdas(tree), f"{script}.py names lambdas in lines {named_lambdas(tree)}: def has a place for a docstring"
     allowed = {"model", "prepare"} - {script} if script != "model" else set()
     allowed |= {other for one, other in LEANS if one == script}
     leans = imported(tree) & {*SCRIPTS}
@@ -62,5 +71,8 @@ def test_the_readme_counts_their_lines():
 
 def test_what_is_looked_for_is_found():
     """The walk sees what is nested, and lambdas that are arguments or values of a table are none of its business."""
-    tree = ast.parse("def f():\n    import sample.x\n    if 1:\n        g = lambda: 1\n    h = cache(lambda: 1)\n    t = {1: lambda: 1}\n    a, b = 1, lambda: 2\n")
+    tree = ast.parse(
+        "def f():\n    import sample.x\n    if 1:\n        g = lambda: 1\n"
+        "    h = cache(lambda: 1)\n    t = {1: lambda: 1}\n    a, b = 1, lambda: 2\n"
+    )
     assert imported(tree) == {"sample"} and named_lambdas(tree) == [4, 7]

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train_vae
-from model import (DiT, DiTConfig, MelDistance, SemanticVAE, flow_matching_loss, kl_loss, lowpass, sample,
-                   stft_distance)  # fmt: skip
+from model import DiT, DiTConfig, MelDistance, SemanticVAE, flow_matching_loss, kl_loss, lowpass, sample, stft_distance
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))
 spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
@@ -27,7 +26,10 @@ spec.loader.exec_module(reference)
 def case(name):
     """(json, noise inputs, expected outputs, reference weights) of a case; names in `inputs` lose the case's prefix."""
     info = json.loads((GOLDEN / f"{name}.json").read_text())
-    inputs = {k.split(".", 1)[1]: reference.signal(v["signal"], *v["shape"], scale=v["scale"]) for k, v in info["inputs"].items()}
+    inputs = {
+        k.split(".", 1)[1]: reference.signal(v["signal"], *v["shape"], scale=v["scale"])
+        for k, v in info["inputs"].items()
+    }
     weights = {k: reference.fill(info["weights"] + k, shape) for k, shape in info["state_dict"].items()}
     return info, inputs, load_file(GOLDEN / f"{name}.safetensors"), weights
 
@@ -61,7 +63,8 @@ def test_vae(name, tmp_path):
     ema = {f"ema_model.{k}": v for k, v in weights.items()} | {"initted": torch.tensor(True), "step": torch.tensor(1)}
     torch.save(ema, tmp_path / "dac" / "ema_state_dict.pth")
     vae = SemanticVAE.from_pretrained(tmp_path)
-    wave, samples = inputs["wav"][:, 0], inputs["wav"].shape[-1]
+    wave = inputs["wav"][:, 0]
+    samples = inputs["wav"].shape[-1]
 
     mean, logvar = vae.encode(wave)
     close(mean, expected["mean"], "mean")
@@ -88,14 +91,19 @@ def test_vae(name, tmp_path):
 def test_dit(name):
     info, inputs, expected, weights = case(name)
     config = DiTConfig(
-        latent_dim=info["latent_dim"], width=info["dim"], depth=info["depth"], heads=info["heads"], ff_mult=info["ff_mult"],
-        text_symbols=info["text_num_embeds"], text_dim=info["text_dim"], text_layers=info["conv_layers"],
-        text_place="even" if info["text_average_upsampling"] else "left")  # fmt: skip
+        latent_dim=info["latent_dim"], width=info["dim"], depth=info["depth"], heads=info["heads"],
+        ff_mult=info["ff_mult"], text_symbols=info["text_num_embeds"], text_dim=info["text_dim"],
+        text_layers=info["conv_layers"], text_place="even" if info["text_average_upsampling"] else "left",
+    )
     assert config.width // config.heads == info["dim_head"]
     dit = load(DiT(config), weights, computed=["inv_freq", "freqs_cis", "latent_mean", "latent_std"])
-    lengths, text, time = torch.tensor(info["lens"]), expected["text"].long(), expected["time"]
-    nobody, everybody = torch.zeros(len(lengths), dtype=torch.bool), torch.ones(len(lengths), dtype=torch.bool)
-    x, cond = inputs["x"], inputs["cond"]
+    lengths = torch.tensor(info["lens"])
+    text = expected["text"].long()
+    time = expected["time"]
+    nobody = torch.zeros(len(lengths), dtype=torch.bool)
+    everybody = torch.ones(len(lengths), dtype=torch.bool)
+    x = inputs["x"]
+    cond = inputs["cond"]
 
     def compare(batch, name):  # one padded batch must give each utterance what it gets alone
         for i, n in enumerate(info["lens"]):
@@ -108,10 +116,14 @@ def test_dit(name):
     dropped = dit.text_embed(text, lengths, x.shape[1], everybody)
     compare(dit(x, torch.zeros_like(cond), dropped, time, lengths), "velocity_uncond")
 
-    span, t = expected["fm_span"] > 0, expected["fm_t"]
+    span = expected["fm_span"] > 0
+    t = expected["fm_t"]
     for i, n in enumerate(info["lens"]):
         one = slice(i, i + 1)
-        total, count = flow_matching_loss(dit, inputs["x1"][one], inputs["x0"][one], t[one], span[one], text[one], lengths[one], nobody[one], nobody[one])
+        total, count = flow_matching_loss(
+            dit, inputs["x1"][one], inputs["x0"][one], t[one], span[one], text[one], lengths[one], nobody[one],
+            nobody[one],
+        )
         close((total / count)[None], expected[f"fm_loss_{i}"], f"fm_loss_{i}", relative=True)
     x_t = (1 - t)[:, None, None] * inputs["x0"] + t[:, None, None] * inputs["x1"]
     compare(dit(x_t, inputs["x1"].masked_fill(span[..., None], 0), embedded, t, lengths), "fm_pred")
@@ -120,10 +132,13 @@ def test_dit(name):
     frames = torch.stack([span[i, :n].sum() for i, n in enumerate(info["lens"])])
     close((total / count)[None], ((each * frames).sum() / frames.sum())[None], "fm_loss of the batch", relative=True)
 
-    duration, prompt_len = info["duration"], torch.tensor([info["prompt_len"]])
+    duration = info["duration"]
+    prompt_len = torch.tensor([info["prompt_len"]])
     prompt = torch.nn.functional.pad(inputs["prompt"], (0, 0, 0, duration - info["prompt_len"]))
     for cfg in (0, 2):
-        out = sample(dit, inputs["y0"], prompt, prompt_len, text[:1], torch.tensor([duration]), info["steps"], cfg, info["sway"])
+        out = sample(
+            dit, inputs["y0"], prompt, prompt_len, text[:1], torch.tensor([duration]), info["steps"], cfg, info["sway"]
+        )
         close(out, expected[f"sample_cfg{cfg}"], f"sample_cfg{cfg}")
 
 
@@ -131,8 +146,9 @@ def test_dit(name):
 def test_losses():
     info, inputs, expected, weights = case("losses")
     inputs = {f"loss.{k}": v for k, v in inputs.items()}
-    fake, real = inputs[info["fake"]][:, 0], inputs[info["real"]][:, 0]
-    # The json states scale 1 for this signal, which the case calls near-silent; the stored output is that of scale 1e-5.
+    fake = inputs[info["fake"]][:, 0]
+    real = inputs[info["real"]][:, 0]
+    # The json states scale 1 for this signal, which the case calls near-silent; stored is the output of scale 1e-5.
     quiet = reference.signal("loss.quiet", *info["inputs"]["loss.quiet"]["shape"], scale=1e-5)[:, 0]
     mel = MelDistance(16000)
     close(torch.stack(mel.scales(fake, real)), expected["mel_per_scale"], "mel_per_scale", relative=True)
@@ -141,10 +157,16 @@ def test_losses():
     close(stft_distance(fake, real)[None], expected["stft"], "stft", relative=True)
 
     discriminators = load(train_vae.Discriminators(), weights)
-    fake_maps, real_maps = discriminators(fake), discriminators(real)
+    fake_maps = discriminators(fake)
+    real_maps = discriminators(real)
     for i, maps in enumerate(fake_maps):
         close(maps[-1], expected[f"fake_logits_{i}"], f"fake_logits_{i}")
-        close(torch.stack([m.abs().mean() for m in maps]), expected[f"fake_fmap_abs_mean_{i}"], f"fake_fmap_abs_mean_{i}", relative=True)
+        close(
+            torch.stack([m.abs().mean() for m in maps]),
+            expected[f"fake_fmap_abs_mean_{i}"],
+            f"fake_fmap_abs_mean_{i}",
+            relative=True,
+        )
     close(train_vae.discriminator_loss(fake_maps, real_maps)[None], expected["disc_loss"], "disc_loss", relative=True)
     adversarial, matching = train_vae.generator_losses(fake_maps, real_maps)
     close(adversarial[None], expected["gen_loss"], "gen_loss", relative=True)
@@ -163,7 +185,8 @@ def test_ecapa():
 
 
 def test_sim(tmp_path, fails):
-    """From the wave, through a file as it is published: with the classifier of its training, and each batch norm's counter."""
+    """From the wave, through a file as it is published: with the classifier of its training, and each batch norm's
+    counter."""
     info, inputs, expected, weights = case("sim")
     extra = {"loss_calculator.projection.weight": torch.zeros(3, 256), "bn.num_batches_tracked": torch.tensor(5)}
     path = tmp_path / "wavlm_large_finetune.pth"
@@ -179,10 +202,17 @@ def test_sim(tmp_path, fails):
     close((a @ b)[None], expected["cosine"], "cosine")
     assert "wavlm_large_finetune.pth@sha256:" in scorer.identity
 
-    for broken, word in (({"strange": torch.zeros(1)}, "strange"), ({"feature_extract.model.strange": torch.zeros(1)}, "strange")):
+    for broken, word in (
+        ({"strange": torch.zeros(1)}, "strange"),
+        ({"feature_extract.model.strange": torch.zeros(1)}, "strange"),
+    ):
         torch.save({"model": weights | broken}, path)
         fails(lambda argv: evaluate.SIMo(argv[0], torch.device("cpu")), [path], "does not hold the weights", word)
-    for missing in ("linear.bias", "feature_extract.model.encoder.layers.3.fc1.bias", "feature_extract.model.post_extract_proj.weight"):
+    for missing in (
+        "linear.bias",
+        "feature_extract.model.encoder.layers.3.fc1.bias",
+        "feature_extract.model.post_extract_proj.weight",
+    ):
         torch.save({"model": {k: v for k, v in weights.items() if k != missing}}, path)
         fails(lambda argv: evaluate.SIMo(argv[0], torch.device("cpu")), [path], "does not hold the weights")
     path.write_bytes(path.read_bytes()[:1000])

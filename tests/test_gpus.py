@@ -1,4 +1,5 @@
-"""What a first day on GPUs would meet, tried on CPUs: loader processes and signals, shares of ranks, several VAEs, changed data, log and states."""
+"""What a first day on GPUs would meet, tried on CPUs: loader processes and signals, shares of ranks, several VAEs,
+changed data, log and states."""
 
 import csv
 import errno
@@ -26,7 +27,9 @@ from train_tts import MicroBatches, Utterances
 def test_a_reader_that_goes_away_costs_nothing(world, tmp_path):
     """`train_tts.py 2>&1 | head -1`: the run ends with all its steps, and exit code 0."""
     command = [sys.executable, ROOT / "train_tts.py", *TTS(world, tmp_path / "run", steps=4, eval_every=1)]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE)
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE
+    )
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(120) == 0 and [r["step"] for r in rows(tmp_path / "run")] == list("1234")
@@ -34,7 +37,8 @@ def test_a_reader_that_goes_away_costs_nothing(world, tmp_path):
 
 
 def test_ranks_share_steps_by_frames(world):
-    """The paper's step of 0.9 h on 8 GPUs: mean work is at least 97 % of the slowest rank's. No part is empty, none too large."""
+    """The paper's step of 0.9 h on 8 GPUs: mean work is at least 97 % of the slowest rank's. No part is empty, none too
+    large."""
     rng = np.random.default_rng(0)
     for shortest in (3, 8, 13.6):
         lengths = np.sort(rng.uniform(shortest, 1.18 * shortest, int(3240 / 1.09 / shortest))) * 40
@@ -45,7 +49,11 @@ def test_ranks_share_steps_by_frames(world):
         assert bounds[0] == 0 and bounds[-1] == utterances and min(np.diff(bounds)) >= 1
     examples = Utterances(Data(world.data, ("latents",)), "train", 6, 1, seed=1)
     micro = MicroBatches(examples, 3, 0, 1)
-    padded = [len(part) * max(examples.frames[i] for run in part for i in run) for step in range(9) for part in micro.parts(step)]
+    padded = [
+        len(part) * max(examples.frames[i] for run in part for i in run)
+        for step in range(9)
+        for part in micro.parts(step)
+    ]
     assert max(padded) <= 3 * examples.rate
 
 
@@ -68,7 +76,12 @@ def test_a_folder_keeps_the_latents_of_several_vaes(world, tmp_path, fails):
     assert DiT.from_pretrained(tmp_path / "newest").config.vae_hash == other
     assert before == {path.name: path.read_bytes() for path in data.glob("latents-*")}
     train_vae.main(VAE(world, tmp_path / "third", seed=6))
-    fails(train_tts.main, [*TTS(world, tmp_path / "none", data=data), "--vae", tmp_path / "third"], "holds no latents", "--vae")
+    fails(
+        train_tts.main,
+        [*TTS(world, tmp_path / "none", data=data), "--vae", tmp_path / "third"],
+        "holds no latents",
+        "--vae",
+    )
 
 
 def changed_text(data):
@@ -85,16 +98,27 @@ def changed_meta(array, **values):
     return change
 
 
-@pytest.mark.parametrize("train, args, change, word", [
-    (train_vae, VAE, changed_text, "data"), (train_tts, TTS, changed_text, "data"),
-    (train_vae, VAE, changed_meta("ssl", revision="another"), "teacher"),
-    (train_tts, TTS, changed_meta("latents", std=[2.0] * 32), "statistics"), (train_tts, TTS, changed_meta("starts", revision="another"), "aligner")])  # fmt: skip
+@pytest.mark.parametrize(
+    "train, args, change, word",
+    [
+        (train_vae, VAE, changed_text, "data"),
+        (train_tts, TTS, changed_text, "data"),
+        (train_vae, VAE, changed_meta("ssl", revision="another"), "teacher"),
+        (train_tts, TTS, changed_meta("latents", std=[2.0] * 32), "statistics"),
+        (train_tts, TTS, changed_meta("starts", revision="another"), "aligner"),
+    ],
+)
 def test_a_run_is_not_resumed_on_other_data(train, args, change, word, world, tmp_path, fails):
     data = tmp_path / "data"
     shutil.copytree(world.data, data)
     train.main(args(world, tmp_path / "run", data=data))
     change(data)
-    fails(train.main, ["--resume", "--out", tmp_path / "run", "--steps", 4], f"learned with {word} ", "give the --data of before")
+    fails(
+        train.main,
+        ["--resume", "--out", tmp_path / "run", "--steps", 4],
+        f"learned with {word} ",
+        "give the --data of before",
+    )
 
 
 @pytest.mark.parametrize("train, args, made", [(train_vae, VAE, "vae"), (train_tts, TTS, "tts")])
@@ -154,9 +178,18 @@ def test_a_gpu_that_cannot_be_used_is_said(tmp_path, monkeypatch, fails, world):
 @pytest.mark.parametrize("train, args", [(train_vae, VAE), (train_tts, TTS)])
 def test_presets_are_named_for_other_data_and_for_cpus(train, args, world, tmp_path, fails):
     plain = args(world, tmp_path / "run")
-    fails(train.main, [a for a in plain if a not in ("--preset", "demo")], "is not the demo's: choose a --preset: demo, small, paper")
+    fails(
+        train.main,
+        [a for a in plain if a not in ("--preset", "demo")],
+        "is not the demo's: choose a --preset: demo, small, paper",
+    )
     for preset in ("small", "paper"):
-        fails(train.main, [preset if a == "demo" else a for a in plain], f"--preset {preset} is made for GPUs", "--device cpu")
+        fails(
+            train.main,
+            [preset if a == "demo" else a for a in plain],
+            f"--preset {preset} is made for GPUs",
+            "--device cpu",
+        )
 
 
 def test_a_warmup_that_never_ends_is_refused(world, tmp_path, fails):
@@ -205,7 +238,8 @@ def test_streams_of_random_numbers_differ_by_purpose():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_downloads_happen_once_a_node(shared, world, tmp_path, monkeypatch):
-    """Of two nodes with one rank each, run one after the other: the first downloads; the second if it has a disk of its own."""
+    """Of two nodes with one rank each, run one after the other: the first downloads; the second if it has a disk of its
+    own."""
     fetched = []
     for rank in (0, 1):
         folder = tmp_path / ("shared" if shared else str(rank))

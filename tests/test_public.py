@@ -103,7 +103,8 @@ def test_f5_samples_what_f5_tts_samples(f5, tmp_path, i):
     dit = DiT.from_pretrained(f5)
     text = to_symbols(CASE["texts"][i]["prompt"] + CASE["texts"][i]["target"], dit.config.vocabulary)[None]
     assert torch.equal(text, EXPECTED[f"ids_{i}"].long())
-    given, noise = CASE["prompt_frames"], signal(CASE["noise"][i])
+    given = CASE["prompt_frames"]
+    noise = signal(CASE["noise"][i])
     frames = noise.shape[1]
     prompt = torch.nn.functional.pad(EXPECTED["mel"].mT[:, :given], (0, 0, 0, frames - given))
     lengths = torch.tensor([given]), text, torch.tensor([frames])
@@ -121,11 +122,17 @@ def test_vocos_decodes_what_logmel_makes(f5, vocos):
     close(mel[:, :-2], EXPECTED["mel"].mT[:, :-2], "mel")  # in the last two, the padding differs
     frames = EXPECTED["sample_0"][:, CASE["prompt_frames"] :]
     close(vae.decoder.head(vae.decoder.backbone(frames.mT)), EXPECTED["audio_0"], "audio_0")
-    wave, reach = vae.decode(frames), 12 * 256
+    wave = vae.decode(frames)
+    reach = 12 * 256
     assert wave.shape == (1, 256 * frames.shape[1]) and wave.shape[1] == EXPECTED["audio_0"].shape[1] + 256
     close(wave[:, : -256 - reach], EXPECTED["audio_0"][:, :-reach], "audio_0 away from its end")
-    given = CASE["prompt_frames"]  # from a part, as synthesize() decodes: less the frames that CONTEXT says no sample depends on
-    close(vae.decode(EXPECTED["sample_0"][:, max(0, given - vae.CONTEXT) :])[:, 256 * min(given, vae.CONTEXT) :], vae.decode(EXPECTED["sample_0"])[:, 256 * given :], "from a part")
+    # from a part, as synthesize() decodes: less the frames that CONTEXT says no sample depends on
+    given = CASE["prompt_frames"]
+    close(
+        vae.decode(EXPECTED["sample_0"][:, max(0, given - vae.CONTEXT) :])[:, 256 * min(given, vae.CONTEXT) :],
+        vae.decode(EXPECTED["sample_0"])[:, 256 * given :],
+        "from a part",
+    )
     assert vae.latents_hash() == DiT.from_pretrained(f5).config.vae_hash
 
 
@@ -155,9 +162,26 @@ def test_what_is_not_f5s_is_refused(tmp_path, fails):
     fails(read, [write_f5(tmp_path / "short", vocabulary=lines[:-1])], "has 45 lines", "expected 46", "vocab.txt")
     shifted = [lines[-1], *lines[:-1]]
     fails(read, [write_f5(tmp_path / "shifted", vocabulary=shifted)], "the first 'ma'", "the first ' '")
-    fails(read, [write_f5(tmp_path / "lacks", **{"proj_out.bias": None})], "does not fit DiT", 'Missing key(s) in state_dict: "proj_out.bias"')
-    fails(read, [write_f5(tmp_path / "more", **{"long_skip.weight": torch.ones(2)})], "does not fit DiT", 'Unexpected key(s) in state_dict: "long_skip.weight"')
-    fails(read, [write_f5(tmp_path / "shape", **{"proj_out.bias": torch.ones(80)})], "does not fit DiT", "size mismatch for proj_out.bias", "torch.Size([80]) from checkpoint", "torch.Size([100])")
+    fails(
+        read,
+        [write_f5(tmp_path / "lacks", **{"proj_out.bias": None})],
+        "does not fit DiT",
+        'Missing key(s) in state_dict: "proj_out.bias"',
+    )
+    fails(
+        read,
+        [write_f5(tmp_path / "more", **{"long_skip.weight": torch.ones(2)})],
+        "does not fit DiT",
+        'Unexpected key(s) in state_dict: "long_skip.weight"',
+    )
+    fails(
+        read,
+        [write_f5(tmp_path / "shape", **{"proj_out.bias": torch.ones(80)})],
+        "does not fit DiT",
+        "size mismatch for proj_out.bias",
+        "torch.Size([80]) from checkpoint",
+        "torch.Size([100])",
+    )
     fails(read, [write_f5(tmp_path / "none", **{"text_embed.text_embed.weight": None})], "what F5-TTS publishes")
     two = write_f5(tmp_path / "two")
     (two / "model_2.safetensors").write_bytes((two / "model_1250000.safetensors").read_bytes())
@@ -171,7 +195,10 @@ def test_what_is_not_f5s_is_refused(tmp_path, fails):
 
 def test_english_needs_characters_alone_and_chinese_two_packages(f5, monkeypatch):
     vocabulary = DiT.from_pretrained(f5).config.vocabulary
-    told = lambda text: "".join(vocabulary.split("\n")[i] for i in to_symbols(text, vocabulary))
+
+    def told(text):
+        return "".join(vocabulary.split("\n")[i] for i in to_symbols(text, vocabulary))
+
     for package in ("rjieba", "pypinyin"):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, "rjieba", types.SimpleNamespace(cut=list))
@@ -203,16 +230,21 @@ def test_prompts_are_prepared_as_f5_tts_does(f5):
     def said(rms):
         return synthesize(dit, vae, [Request(rms * wave, "did he see.", "the bird is old")], steps=2)[0]
 
-    soft, usual, loud = said(0.02), said(0.1), said(0.3)
+    soft = said(0.02)
+    usual = said(0.1)
+    loud = said(0.3)
     size = np.abs(usual).max()
     assert np.abs(soft - usual / 5).max() < 1e-3 * size and len(usual) == 256 * int(24 / 12 * 15)
     assert np.abs(loud - usual).max() > 1e-2 * size  # louder ones are left as they are
-    crowded = Request(wave[:768], "it", 10 * "(is")  # a space parts each word from its bracket: 43 symbols, 3 frames of prompt
+    # a space parts each word from its bracket: 43 symbols, 3 frames of prompt
+    crowded = Request(wave[:768], "it", 10 * "(is")
     assert len(synthesize(dit, vae, [crowded], steps=2)[0]) == 256 * (43 + 1 - 3)
 
 
 def test_f5_speaks_through_vocos(f5, vocos, voice, tmp_path, capsys, monkeypatch, fails):
-    run = lambda *more: ["--tts", f5, "--vae", vocos, "--ref", voice, "--out", tmp_path / "said.wav", *WORDS, *more]
+    def run(*more):
+        return ["--tts", f5, "--vae", vocos, "--ref", voice, "--out", tmp_path / "said.wav", *WORDS, *more]
+
     asked = []
 
     def listening(dit, vae, requests, **options):
@@ -257,7 +289,9 @@ def test_without_vocos_one_line_says_so(tmp_path, monkeypatch, fails):
 
 
 def test_without_a_network_one_line_says_what_was_not_reached(f5, voice, fails):
-    run = lambda *more: ["--ref", voice, *WORDS, *more]
+    def run(*more):
+        return ["--ref", voice, *WORDS, *more]
+
     name = "SWivid/F5-TTS/F5TTS_v1_Base"
     fails(sample.main, run("--tts", name), f"no folder {name} here, none on the hub")
     fails(sample.main, run("--tts", f5), "no folder charactr/vocos-mel-24khz")  # its vocoder, found by default

@@ -1,4 +1,5 @@
-"""Both trainings: exact resumption, any number of ranks, accumulation, data that is a pure function of the step, bad input."""
+"""Both trainings: exact resumption, any number of ranks, accumulation, data that is a pure function of the step, bad
+input."""
 
 import copy
 import csv
@@ -13,13 +14,16 @@ import torch
 from conftest import TTS_FLAGS, VAE_FLAGS, torchrun
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import plain
 import prepare
 import train_tts
 import train_vae
-from model import (PRESETS, DiT, DiTConfig, MelDistance, SemanticVAE, VAEConfig, flow_matching_loss, kl_loss, sample, stft_distance,
-                   text_index)  # fmt: skip
+from model import (
+    PRESETS, DiT, DiTConfig, MelDistance, SemanticVAE, VAEConfig, flow_matching_loss, kl_loss, sample, stft_distance,
+    text_index,
+)
 from prepare import Data
 from train_tts import MicroBatches, Utterances
 from train_vae import Crops, Discriminators
@@ -35,23 +39,35 @@ def flags(base, **changes):
     return [*(x for pair in merged.items() for x in pair), base[-1]]
 
 
-VAE = lambda world, out, **changes: ["--data", str(world.data), "--out", str(out), *flags(VAE_FLAGS, **changes)]
-TTS = lambda world, out, **changes: ["--data", str(world.data), "--out", str(out), "--asr", "none", *flags(TTS_FLAGS, **changes)]
+def VAE(world, out, **changes):
+    return ["--data", str(world.data), "--out", str(out), *flags(VAE_FLAGS, **changes)]
+
+
+def TTS(world, out, **changes):
+    return [
+        "--data", str(world.data), "--out", str(out), "--asr", "none", *flags(TTS_FLAGS, **changes),
+    ]
 
 
 TIMES = {"seconds", "audio"}  # columns that no two runs share
 EARLY = dict(encoder_steps=2, encoder_batch_seconds=2.4)  # 6 crops, where the decoder's steps have 4
 
-@pytest.mark.parametrize("train, args, changes, more, dies_at, bf16", [
-    (train_vae, VAE, dict(micro_batch=2, adv_start=0), [], 2, "--bf16"),
-    (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0, encoder_steps=3), [], 2, "--no-bf16"),  # dies before the turn
-    (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0), [], 2, "--no-bf16"),  # at it
-    (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0, encoder_steps=1), [], 3, "--no-bf16"),  # behind it
-    (train_tts, TTS, dict(micro_seconds=3), [], 2, "--no-bf16"),
-    (train_tts, TTS, dict(micro_seconds=3, join=2), ["--align-hidden"], 2, "--bf16")])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "train, args, changes, more, dies_at, bf16",
+    [
+        (train_vae, VAE, dict(micro_batch=2, adv_start=0), [], 2, "--bf16"),
+        # dies before the turn
+        (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0, encoder_steps=3), [], 2, "--no-bf16"),
+        (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0), [], 2, "--no-bf16"),  # at it
+        (train_vae, VAE, EARLY | dict(micro_batch=2, adv_start=0, encoder_steps=1), [], 3, "--no-bf16"),  # behind it
+        (train_tts, TTS, dict(micro_seconds=3), [], 2, "--no-bf16"),
+        (train_tts, TTS, dict(micro_seconds=3, join=2), ["--align-hidden"], 2, "--bf16"),
+    ],
+)
 def test_resumed_training_equals_straight_training(train, args, changes, more, dies_at, bf16, world, tmp_path):
-    """4 steps equal 2 + resume + 2, bit for bit, with accumulation, EMA and (VAE) discriminators; log.csv has each row once, though the
-    checkpoint lies between two of its lines."""
+    """4 steps equal 2 + resume + 2, bit for bit, with accumulation, EMA and (VAE) discriminators; log.csv has each row
+    once, though the checkpoint lies between two of its lines."""
     changes = changes | dict(steps=4, eval_every=2, log_every=1 if bf16 == "--bf16" else 3)
     train.main(args(world, tmp_path / "straight", **changes) + [bf16, *more])
     # A run that stops after step 3 (or 2), with its last checkpoint at step 2: what a crash leaves.
@@ -73,22 +89,35 @@ def test_resumed_training_equals_straight_training(train, args, changes, more, d
         a, b = (load_file(tmp_path / run / name) for run in ("straight", "broken"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     a, b = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("straight", "broken"))
-    flat = lambda x: [x] if torch.is_tensor(x) else [t for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else []) for t in flat(v)]
-    assert len(flat(a)) > 100 and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
-    clean = lambda run: [{k: v for k, v in row.items() if k not in TIMES} for row in rows(tmp_path / run)]
-    assert clean("straight") == clean("broken") and [r["step"] for r in rows(tmp_path / "broken")] == list("1234")  # 2 and 4 by their checkpoints, 3 by its log line
+
+    a, b = ([x for x in tree_leaves(state) if torch.is_tensor(x)] for state in (a, b))
+    assert len(a) > 100 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    def clean(run):
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(tmp_path / run)]
+
+    # 2 and 4 by their checkpoints, 3 by its log line.
+    assert clean("straight") == clean("broken") and [r["step"] for r in rows(tmp_path / "broken")] == list("1234")
 
 
 def test_on_a_gpu_everything_is_on_the_gpu_and_losses_are_float32(monkeypatch):
-    """The networks, losses and updates of both stages and the sampler in bfloat16 on a GPU that need not exist: tensors there have sizes and types,
-    no values, and meeting one of the CPU is an error. (Their backward passes do need one.)"""
+    """The networks, losses and updates of both stages and the sampler in bfloat16 on a GPU that need not exist: tensors
+    there have sizes and types, no values, and meeting one of the CPU is an error. (Their backward passes do need
+    one.)"""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    device, autocast = torch.device("cuda", 0), lambda: torch.autocast("cuda", torch.bfloat16)
+    device = torch.device("cuda", 0)
+
+    def autocast():
+        return torch.autocast("cuda", torch.bfloat16)
 
     def move(module):
         for m in module.modules():
-            m._parameters.update({k: torch.nn.Parameter(torch.empty(p.shape, device=device)) for k, p in m._parameters.items() if p is not None})
+            m._parameters.update({
+                k: torch.nn.Parameter(torch.empty(p.shape, device=device))
+                for k, p in m._parameters.items()
+                if p is not None
+            })
             m._buffers.update({k: torch.empty(b.shape, dtype=b.dtype, device=device) for k, b in m._buffers.items()})
         return module
 
@@ -98,12 +127,23 @@ def test_on_a_gpu_everything_is_on_the_gpu_and_losses_are_float32(monkeypatch):
             p.grad = torch.zeros_like(p)
         norm, skipped = prepare.clipped_step(optimizer, module.parameters(), 1)
         run = object.__new__(prepare.Run)
-        run.means, run.scores, run.streak, run.longest = {}, {}, torch.zeros((), device=device), torch.zeros((), device=device)
+        run.means = {}
+        run.scores = {}
+        run.streak = torch.zeros((), device=device)
+        run.longest = torch.zeros((), device=device)
         run.note(grad=norm, skipped=skipped, lr=0.1)
         assert run.means.keys() == {"grad", "skipped"} and run.scores == dict(lr=0.1) and run.longest.device == device
 
-    networks = lambda align: (SemanticVAE(VAEConfig(**PRESETS["demo"]["vae"] | dict(ssl_dim=96, align=align))), Discriminators(0.125), MelDistance(16000))
-    dit, both, losses = DiT(DiTConfig(**PRESETS["paper"]["dit"])), [networks("down"), networks("up")], {}
+    def networks(align):
+        return (
+            SemanticVAE(VAEConfig(**PRESETS["demo"]["vae"] | dict(ssl_dim=96, align=align))),
+            Discriminators(0.125),
+            MelDistance(16000),
+        )
+
+    dit = DiT(DiTConfig(**PRESETS["paper"]["dit"]))
+    both = [networks("down"), networks("up")]
+    losses = {}
     reader = train_vae.LatentReader(both[0][0].config, 96)
     small = DiT(DiTConfig(**PRESETS["demo"]["dit"]))
     objective = train_tts.Objective(small)
@@ -115,29 +155,56 @@ def test_on_a_gpu_everything_is_on_the_gpu_and_losses_are_float32(monkeypatch):
             assert torch.nn.functional.linear(*torch.zeros(2, 1, 1, device=device)).dtype == torch.bfloat16
         for (vae, discriminators, mel), ema in zip(both, averages):
             vae, discriminators, mel, ema = map(move, (vae, discriminators, mel, ema))
-            wave, valid = torch.zeros(2, 9600, device=device), torch.ones(2, 24, dtype=torch.bool, device=device)
+            wave = torch.zeros(2, 9600, device=device)
+            valid = torch.ones(2, 24, dtype=torch.bool, device=device)
             with autocast():
-                again, z, mean, logvar, aligned = vae(wave, torch.zeros(2, 24, vae.config.latent_dim, device=device), torch.zeros(2, 30, 96, device=device))
+                again, z, mean, logvar, aligned = vae(
+                    wave,
+                    torch.zeros(2, 24, vae.config.latent_dim, device=device),
+                    torch.zeros(2, 30, 96, device=device),
+                )
                 maps = discriminators(torch.cat([again, wave]))
-                losses["adv"], losses["feature"] = train_vae.generator_losses(discriminators(again), discriminators(wave))
-            losses["disc"] = train_vae.discriminator_loss(*([[m.chunk(2)[side] for m in layers] for layers in maps] for side in (0, 1)))
+                losses["adv"], losses["feature"] = train_vae.generator_losses(
+                    discriminators(again), discriminators(wave)
+                )
+            losses["disc"] = train_vae.discriminator_loss(
+                *([[m.chunk(2)[side] for m in layers] for layers in maps] for side in (0, 1))
+            )
             losses["align"] = vae.projectors.loss(z, aligned, valid)
-            losses |= dict(mel=mel(again, wave), stft=stft_distance(again, wave), kl=kl_loss(mean, logvar), decoded=vae.decode(vae.encode(wave)[0], 9600))
-            update(vae), update(discriminators), prepare.update_ema(ema, vae, 0.9, 3)
+            losses |= dict(
+                mel=mel(again, wave),
+                stft=stft_distance(again, wave),
+                kl=kl_loss(mean, logvar),
+                decoded=vae.decode(vae.encode(wave)[0], 9600),
+            )
+            update(vae)
+            update(discriminators)
+            prepare.update_ema(ema, vae, 0.9, 3)
         first = train_vae.EncoderFirst(both[0][0], move(reader))
         with autocast():
             told, *_ = first(wave, torch.zeros(2, 24, 32, device=device), torch.zeros(2, 30, 96, device=device))
         losses |= {f"told {name}": value for name, value in told.items()}
         dit, x = move(dit), torch.zeros(2, 40, dit.config.latent_dim, device=device)
-        text, lengths, no = torch.zeros(2, 20, dtype=torch.long, device=device), torch.full((2,), 40, device=device), torch.zeros(2, dtype=torch.bool, device=device)
+        text = torch.zeros(2, 20, dtype=torch.long, device=device)
+        lengths = torch.full((2,), 40, device=device)
+        no = torch.zeros(2, dtype=torch.bool, device=device)
         with autocast():
-            losses["flow"], _ = flow_matching_loss(dit, x, x, torch.zeros(2, device=device), torch.ones(2, 40, dtype=torch.bool, device=device), text, lengths, no, no)
+            losses["flow"], _ = flow_matching_loss(
+                dit, x, x, torch.zeros(2, device=device), torch.ones(2, 40, dtype=torch.bool, device=device), text,
+                lengths, no, no,
+            )
             losses["sample"] = dit.destandardize(sample(dit, x, x, lengths // 2, text, lengths, steps=2))
-            starts, span = torch.zeros(2, 20, device=device), torch.ones(2, 40, dtype=torch.bool, device=device)
-            losses["objective"], _ = move(objective)(x, x, torch.zeros(2, device=device), span, text, lengths, no, no, starts)
+            starts = torch.zeros(2, 20, device=device)
+            span = torch.ones(2, 40, dtype=torch.bool, device=device)
+            losses["objective"], _ = move(objective)(
+                x, x, torch.zeros(2, device=device), span, text, lengths, no, no, starts
+            )
             losses["aligned"] = sample(small, x, x, lengths // 2, text, lengths, steps=2, starts=starts)
-        update(dit), update(objective)
-        assert {name: (v.dtype, v.device) for name, v in losses.items()} == dict.fromkeys(losses, (torch.float32, device))
+        update(dit)
+        update(objective)
+        assert {name: (v.dtype, v.device) for name, v in losses.items()} == dict.fromkeys(
+            losses, (torch.float32, device)
+        )
 
 
 @pytest.mark.parametrize("train, args", [(train_vae, VAE), (train_tts, TTS)])
@@ -147,13 +214,20 @@ def test_bfloat16_follows_float32(train, args, world, tmp_path):
     a, b = ([float(r["loss"]) for r in rows(tmp_path / run)] for run in ("float32", "bfloat16"))
     assert a == pytest.approx(b, rel=0.05)
     exact, rounded = (load_file(tmp_path / run / "model.safetensors") for run in ("float32", "bfloat16"))
-    assert all(w.dtype == torch.float32 for w in rounded.values()) and any(not torch.equal(exact[k], rounded[k]) for k in exact)
+    assert all(w.dtype == torch.float32 for w in rounded.values()) and any(
+        not torch.equal(exact[k], rounded[k]) for k in exact
+    )
 
 
-@pytest.mark.parametrize("script, args, changes, more", [
-    ("train_vae.py", VAE, dict(adv_start=0, lr=5e-4), []),
-    ("train_vae.py", VAE, EARLY | dict(adv_start=0, lr=5e-4, steps=4), []),
-    ("train_tts.py", TTS, {}, []), ("train_tts.py", TTS, dict(join=2), ["--align-hidden"])])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, args, changes, more",
+    [
+        ("train_vae.py", VAE, dict(adv_start=0, lr=5e-4), []),
+        ("train_vae.py", VAE, EARLY | dict(adv_start=0, lr=5e-4, steps=4), []),
+        ("train_tts.py", TTS, {}, []),
+        ("train_tts.py", TTS, dict(join=2), ["--align-hidden"]),
+    ],
+)
 def test_two_ranks_and_accumulation_equal_one(script, args, changes, more, world, tmp_path):
     """One rank, one rank with two micro-batches, and two ranks: the same losses and weights, to float tolerance."""
     train = train_vae if script == "train_vae.py" else train_tts
@@ -166,26 +240,36 @@ def test_two_ranks_and_accumulation_equal_one(script, args, changes, more, world
     for other in ("accumulated", "two"):
         for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / other), strict=True):
             for key in set(a) - TIMES:
-                assert a[key] == b[key] or float(a[key]) == pytest.approx(float(b[key]), rel=near), (other, a["step"], key)
+                assert a[key] == b[key] or float(a[key]) == pytest.approx(float(b[key]), rel=near), (
+                    other,
+                    a["step"],
+                    key,
+                )
             assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=2e-3)
         found = load_file(tmp_path / other / "model.safetensors")
-        assert max((found[k] - expected[k]).abs().max().item() for k in expected) < 2.5e-3  # Adam's first steps have size lr: signs of tiny gradients may differ
-        mean = sum((found[k] - expected[k]).abs().sum().item() for k in expected) / sum(v.numel() for v in expected.values())
+        # Adam's first steps have size lr: signs of tiny gradients may differ
+        assert max((found[k] - expected[k]).abs().max().item() for k in expected) < 2.5e-3
+        mean = sum((found[k] - expected[k]).abs().sum().item() for k in expected) / sum(
+            v.numel() for v in expected.values()
+        )
         assert mean < 1e-5, mean
 
 
 def test_crops_are_a_pure_function_of_their_number_and_stay_inside_the_clip(world):
-    data, config = Data(world.data, ("audio", "ssl")), VAEConfig(latent_dim=8)
+    data = Data(world.data, ("audio", "ssl"))
+    config = VAEConfig(latent_dim=8)
     a, b = (Crops(data, config, 0.5, seed, data.meta["ssl"]) for seed in (3, 3))
     assert a.grid == 4 and a.frames == 20
     for k in (0, 5, 17, 40):
-        x, y = a[k], b[k]
+        x = a[k]
+        y = b[k]
         assert all(torch.equal(x[name], y[name]) for name in x) and x["valid"].all()
         assert x["wave"].shape == (8000,) and x["noise"].shape == (20, 8) and x["features"].shape == (25, 32)
     assert sorted(a.clips[i] for i in a.order(0)) == a.clips and list(a.order(0)) != list(a.order(1))
     # The crop's features are those of the same moments: its place in the clip, found by its audio.
     clip = a.clips[a.order(0)[5]]
-    whole, start = data.get("audio", clip), None
+    whole = data.get("audio", clip)
+    start = None
     for start in range(0, len(whole) - 8000 + 1, 1600):
         if torch.equal(whole[start : start + 8000], a[5]["wave"]):
             break
@@ -245,7 +329,10 @@ def test_training_lowers_its_losses(world, tmp_path):
     for term, factor in (("mel", 0.8), ("teacher", 0.98)):
         told = [float(r[term]) for r in rows(tmp_path / "early")[:-1]]  # the last is the decoder's
         assert told[-1] < factor * told[0], (term, told)
-    train_tts.main(TTS(world, tmp_path / "tts", steps=50, eval_every=10, eval_sentences=0, log_every=5, warmup=3, lr=2e-3) + ["--align-hidden"])
+    train_tts.main(
+        TTS(world, tmp_path / "tts", steps=50, eval_every=10, eval_sentences=0, log_every=5, warmup=3, lr=2e-3)
+        + ["--align-hidden"]
+    )
     valid = [float(r["valid_loss"]) for r in rows(tmp_path / "tts") if r["valid_loss"]]
     assert len(valid) == 5 and valid[-1] < 0.995 * valid[0], valid
     for term in ("durations", "hidden"):
@@ -268,14 +355,14 @@ def test_the_encoder_learns_alone_then_stays_while_the_decoder_learns(world, tmp
     decoders = [torch.cat([v.flatten() for k, v in w.items() if k.startswith("decoder.")]) for w in weights]
     assert [torch.equal(a, b) for a, b in zip(decoders, decoders[1:])] == [True, False, False]
     for row in rows(tmp_path):
-        filled, early = {k for k, v in row.items() if v}, int(row["step"]) <= 2
+        filled = {k for k, v in row.items() if v}
+        early = int(row["step"]) <= 2
         both = {"step", "loss", "mel", "kl", "grad", "skipped", "lr", "seconds", "audio", "valid_mel"}
         late = {"wave", "adv", "feature", "disc", "grad_d", "valid_stft"}
         assert filled == both | ({"teacher", "align"} if early else late)
 
 
-@pytest.mark.parametrize("more", [
-    ["--teacher-weight", "0"], ["--align-weight", "0"], ["--align", "up"]])  # fmt: skip
+@pytest.mark.parametrize("more", [["--teacher-weight", "0"], ["--align-weight", "0"], ["--align", "up"]])
 def test_the_encoder_first_with_other_targets(more, world, tmp_path):
     train_vae.main(VAE(world, tmp_path, **EARLY | dict(encoder_steps=1), eval_every=1) + more)
     first, second = rows(tmp_path)
@@ -312,19 +399,23 @@ def test_joined_clips_have_each_its_own_text(world):
     items = [examples[(0, run)] for run in runs]
     assert max(map(len, runs)) == 2
     batch = train_tts.collate(items)
-    text, lengths, starts = batch["text"], batch["lengths"], batch["starts"]
+    text = batch["text"]
+    lengths = batch["lengths"]
+    starts = batch["starts"]
     index = text_index("aligned", starts, (text >= 0).sum(1), lengths, int(lengths.max()))
     assert "features" not in batch and starts.shape == text.shape
     for run, item, row in zip(runs, items, index):
         assert len(item["starts"]) == len(item["text"]) and (item["starts"].diff() >= 0).all()
         byte = frame = 0
         for clip in run:
-            size, frames = len(data.clips[clip]["text"].encode()), int(examples.frames[clip])
+            size = len(data.clips[clip]["text"].encode())
+            frames = int(examples.frames[clip])
             own = row[frame : frame + frames]
             assert own[0] == byte and byte <= own.min() and own.max() == byte + size - 1
             seconds = data.get("starts", clip)
             assert torch.allclose(item["starts"][byte : byte + size], frame + 40 * seconds)
-            byte, frame = byte + size + 1, frame + frames
+            byte = byte + size + 1
+            frame = frame + frames
             assert byte > len(item["text"]) or item["starts"][byte - 1] == item["starts"][byte] == frame
 
 
@@ -334,9 +425,11 @@ def test_more_bytes_than_frames_are_cut_not_fatal():
     config = DiTConfig(latent_dim=4, width=16, depth=1, heads=2, text_dim=8, text_layers=1, text_place="aligned")
     objective = train_tts.Objective(DiT(config))
     for frames in (8, 30):
-        x, keep = torch.randn(2, frames, 4), torch.zeros(2, dtype=torch.bool)
+        x = torch.randn(2, frames, 4)
+        keep = torch.zeros(2, dtype=torch.bool)
         span = torch.ones(2, frames, dtype=torch.bool)
-        lengths, starts = torch.tensor([frames, 8]), torch.linspace(0, 7.5, 12).expand(2, -1).contiguous()
+        lengths = torch.tensor([frames, 8])
+        starts = torch.linspace(0, 7.5, 12).expand(2, -1).contiguous()
         losses, _ = objective(x, x, torch.rand(2), span, torch.randint(0, 256, (2, 12)), lengths, keep, keep, starts)
         assert losses.isfinite().all()
 
@@ -354,7 +447,8 @@ def test_hidden_alignment_leaves_no_trace_in_the_model(world, tmp_path):
 
 
 def test_when_it_became_intelligible_is_logged_once_and_survives_a_resume(world, tmp_path, monkeypatch, capsys):
-    """By a clock that goes on a minute whenever it is read, and word error rates of 0.6, 0.5, 0.2, 0.1 and, resumed, 0.9."""
+    """By a clock that goes on a minute whenever it is read, and word error rates of 0.6, 0.5, 0.2, 0.1 and, resumed,
+    0.9."""
 
     class Clock:
         now = 0
@@ -369,13 +463,16 @@ def test_when_it_became_intelligible_is_logged_once_and_survives_a_resume(world,
     monkeypatch.setattr(train_tts, "time", clock)
     monkeypatch.setattr(prepare, "time", clock)
     train_tts.main(TTS(world, tmp_path, steps=4, eval_every=1, asr=world.ssl))
-    before, said = rows(tmp_path), capsys.readouterr().out
+    before = rows(tmp_path)
+    said = capsys.readouterr().out
     (when,) = re.findall(r"word errors after (\S+) minutes of training", said)
     assert [float(r["intelligible"] or 0) for r in before] == [0, 0, float(when), float(when)]
-    assert float(before[1]["seconds"]) / 60 < float(when) < float(before[2]["seconds"]) / 60  # a row is written behind its evaluation
+    # a row is written behind its evaluation
+    assert float(before[1]["seconds"]) / 60 < float(when) < float(before[2]["seconds"]) / 60
     clock.now = 0
     train_tts.main(["--resume", "--out", str(tmp_path), "--steps", "5"])
-    last, seconds = rows(tmp_path)[-1], [float(r["seconds"]) for r in rows(tmp_path)]
+    last = rows(tmp_path)[-1]
+    seconds = [float(r["seconds"]) for r in rows(tmp_path)]
     assert last["wer"] == "0.9" and last["intelligible"] == before[3]["intelligible"]
     assert "intelligible:" not in capsys.readouterr().out
     assert all(a < b for a, b in zip(seconds, seconds[1:]))  # counted on, not anew
@@ -389,20 +486,24 @@ def test_vanilla_and_other_widths_are_one_flag_each(world, tmp_path):
 
 
 def test_losses_and_gradients_equal_the_plain_form(world, tmp_path):
-    """Stencils, shared passes and missing gradients change nothing: four steps against plain.py, weights moving all the while.
+    """Stencils, shared passes and missing gradients change nothing: four steps against plain.py, weights moving all the
+    while.
 
-    Adam's first steps have the size of the learning rate whatever the gradient's: it must be small for rounding to stay small."""
+    Adam's first steps have the size of the learning rate whatever the gradient's: it must be small for rounding to stay
+    small."""
     args = VAE(world, tmp_path, steps=4, eval_every=9, adv_start=0, micro_batch=4, lr=1e-4)
     expected = plain.train(args)
     train_vae.main(args)
     for row, wanted in zip(rows(tmp_path), expected, strict=True):
         for key in ("loss", "mel", "adv", "feature", "kl", "align", "disc", "grad"):
-            assert float(row[key]) == pytest.approx(wanted[key], rel=1e-3, abs=1e-4), (row["step"], key)  # the log has four digits
+            # the log has four digits
+            assert float(row[key]) == pytest.approx(wanted[key], rel=1e-3, abs=1e-4), (row["step"], key)
 
 
 @pytest.mark.parametrize("train, args, array", [(train_vae, VAE, "ssl"), (train_tts, TTS, "latents")])
 def test_a_poisoned_clip_is_left_out_and_counted(train, args, array, world, tmp_path, fails):
-    """The updates that meet it are left out, weights and moments alike, and their share is logged. Nothing but poison ends the run, and it saves nothing."""
+    """The updates that meet it are left out, weights and moments alike, and their share is logged. Nothing but poison
+    ends the run, and it saves nothing."""
     data = tmp_path / "data"
     shutil.copytree(world.data, data)
     stored = Data(data, (array,))
@@ -416,12 +517,24 @@ def test_a_poisoned_clip_is_left_out_and_counted(train, args, array, world, tmp_
     first, *others = rows(tmp_path / "run")
     means = dict(zip((1, 4, 8), (float(r["skipped"]) for r in (first, *others)), strict=True))  # of 1, 3 and 4 steps
     if train is train_vae:
-        crops = Crops(Data(data, ("audio", "ssl")), SemanticVAE.from_pretrained(tmp_path / "run").config, 0.4, 0, stored.meta["ssl"])
-        met = [poisoned in [crops.clips[crops.order(k // len(crops.clips))[k % len(crops.clips)]] for k in range(4 * step, 4 * step + 4)] for step in range(8)]
+        crops = Crops(
+            Data(data, ("audio", "ssl")), SemanticVAE.from_pretrained(tmp_path / "run").config, 0.4, 0,
+            stored.meta["ssl"],
+        )
+        met = [
+            poisoned
+            in [
+                crops.clips[crops.order(k // len(crops.clips))[k % len(crops.clips)]]
+                for k in range(4 * step, 4 * step + 4)
+            ]
+            for step in range(8)
+        ]
     else:
         examples = Utterances(Data(data, ("latents", "starts")), "train", 3, 1, 0)
         met = [any(poisoned in run for run in examples.step(step)) for step in range(8)]
-    assert 0 < sum(met) < 8 and list(means.values()) == pytest.approx([float(met[0]), np.mean(met[1:4]), np.mean(met[4:])], abs=1e-3)
+    assert 0 < sum(met) < 8 and list(means.values()) == pytest.approx(
+        [float(met[0]), np.mean(met[1:4]), np.mean(met[4:])], abs=1e-3
+    )
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     moments = [v for entry in state["optimizer"]["state"].values() for v in entry.values()]
     assert all(torch.isfinite(v).all() for v in [*load_file(tmp_path / "run" / "model.safetensors").values(), *moments])
@@ -433,14 +546,21 @@ def test_a_poisoned_clip_is_left_out_and_counted(train, args, array, world, tmp_
 
 def test_fine_tuning_starts_from_the_given_weights(world, tmp_path, capsys, fails):
     train_vae.main(VAE(world, tmp_path / "vae", steps=1, eval_every=1, lr=1e-9) + ["--init", str(world.vae)])
-    a, b = load_file(world.vae / "model.safetensors"), load_file(tmp_path / "vae" / "model.safetensors")
+    a = load_file(world.vae / "model.safetensors")
+    b = load_file(tmp_path / "vae" / "model.safetensors")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
-    train_vae.main(VAE(world, tmp_path / "audio", steps=1, eval_every=1, align_weight=0) + ["--init", str(world.vae)])  # needs no features
+    # needs no features
+    train_vae.main(VAE(world, tmp_path / "audio", steps=1, eval_every=1, align_weight=0) + ["--init", str(world.vae)])
     c = load_file(tmp_path / "audio" / "model.safetensors")
     assert all(torch.equal(a[k], c[k]) == k.startswith("projectors.") for k in a if k.endswith("weight"))
-    fails(train_vae.main, VAE(world, tmp_path / "wide", latent_dim=7) + ["--init", str(world.vae)], "has latents of 32 dimensions: drop --latent-dim 7")
+    fails(
+        train_vae.main,
+        VAE(world, tmp_path / "wide", latent_dim=7) + ["--init", str(world.vae)],
+        "has latents of 32 dimensions: drop --latent-dim 7",
+    )
     train_tts.main(TTS(world, tmp_path / "tts", steps=1, lr=1e-9) + ["--init", str(world.tts)])
-    a, b = load_file(world.tts / "model.safetensors"), load_file(tmp_path / "tts" / "model.safetensors")
+    a = load_file(world.tts / "model.safetensors")
+    b = load_file(tmp_path / "tts" / "model.safetensors")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6
     config = json.loads((world.tts / "config.json").read_text())
     for name, value in (("vae_hash", "0123"), ("hop", 320)):
@@ -448,16 +568,32 @@ def test_fine_tuning_starts_from_the_given_weights(world, tmp_path, capsys, fail
         shutil.copytree(world.tts, other)
         (other / "config.json").write_text(json.dumps(config | {"config": config["config"] | {name: value}}))
     train_tts.main(TTS(world, tmp_path / "moved", steps=2) + ["--init", str(tmp_path / "vae_hash")])
-    assert "must learn those of" in capsys.readouterr().out and DiT.from_pretrained(tmp_path / "moved").config == DiT.from_pretrained(world.tts).config
-    fails(train_tts.main, TTS(world, tmp_path / "refused") + ["--init", str(tmp_path / "hop")], "was trained with hop 320", "has 400")
+    assert (
+        "must learn those of" in capsys.readouterr().out
+        and DiT.from_pretrained(tmp_path / "moved").config == DiT.from_pretrained(world.tts).config
+    )
+    fails(
+        train_tts.main,
+        TTS(world, tmp_path / "refused") + ["--init", str(tmp_path / "hop")],
+        "was trained with hop 320",
+        "has 400",
+    )
 
 
 def test_a_decoder_trained_alone_keeps_the_latents(world, tmp_path):
     """Also where the preset has the encoder learn first."""
-    train_vae.main(VAE(world, tmp_path, **EARLY | dict(steps=3), eval_every=3, lr=1e-3) + ["--init", str(world.vae), "--encoder-lr", "0"])
-    before, after = SemanticVAE.from_pretrained(world.vae), SemanticVAE.from_pretrained(tmp_path)
+    train_vae.main(
+        VAE(world, tmp_path, **EARLY | dict(steps=3), eval_every=3, lr=1e-3)
+        + ["--init", str(world.vae), "--encoder-lr", "0"]
+    )
+    before = SemanticVAE.from_pretrained(world.vae)
+    after = SemanticVAE.from_pretrained(tmp_path)
     assert after.latents_hash() == before.latents_hash() and after.content_hash() != before.content_hash()
-    assert all((p != q).any() for (name, p), q in zip(before.named_parameters(), after.parameters()) if name.startswith("decoder.ups"))
+    assert all(
+        (p != q).any()
+        for (name, p), q in zip(before.named_parameters(), after.parameters())
+        if name.startswith("decoder.ups")
+    )
     data = tmp_path / "data"
     shutil.copytree(world.data, data)
     (latents,) = data.glob("latents-*.bin")
@@ -471,14 +607,29 @@ def test_stages_that_do_not_fit_are_refused_and_both_named(world, tmp_path, fail
     other = VAEConfig(sample_rate=24000, encoder_dim=4, latent_dim=8, decoder_dim=64, resblock_kernels=(3,), ssl_dim=32)
     SemanticVAE(other).save_pretrained(tmp_path / "vae24")
     shutil.copytree(world.data, tmp_path / "data")
-    fails(prepare.main, ["--out", tmp_path / "data", "--vae", tmp_path / "vae24"], "vae24 works at 24000 Hz", "data holds 16000 Hz")
-    fails(train_vae.main, VAE(world, tmp_path / "run") + ["--init", str(tmp_path / "vae24")], "works at 24000 Hz", "holds 16000 Hz")
+    fails(
+        prepare.main,
+        ["--out", tmp_path / "data", "--vae", tmp_path / "vae24"],
+        "vae24 works at 24000 Hz",
+        "data holds 16000 Hz",
+    )
+    fails(
+        train_vae.main,
+        VAE(world, tmp_path / "run") + ["--init", str(tmp_path / "vae24")],
+        "works at 24000 Hz",
+        "holds 16000 Hz",
+    )
     for name, value, own in (("text", "raw", "plain"), ("sample_rate", 8000, 16000)):
         shutil.copytree(world.tts, tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
         config["config"][name] = value
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-        fails(train_tts.main, TTS(world, tmp_path / "run") + ["--init", str(tmp_path / name)], f"was trained with {name} {value}", f"has {own}")
+        fails(
+            train_tts.main,
+            TTS(world, tmp_path / "run") + ["--init", str(tmp_path / name)],
+            f"was trained with {name} {value}",
+            f"has {own}",
+        )
 
 
 def test_compile_that_cannot_run_says_so_and_goes_on(world, tmp_path, monkeypatch, capsys):
@@ -488,16 +639,21 @@ def test_compile_that_cannot_run_says_so_and_goes_on(world, tmp_path, monkeypatc
     monkeypatch.setattr(torch, "compile", broken)
     train_vae.main(VAE(world, tmp_path / "vae", steps=1, eval_every=1) + ["--compile"])
     out = capsys.readouterr().out
-    assert "torch.compile cannot run here (RuntimeError: Cannot find a working triton" in out and (tmp_path / "vae" / "model.safetensors").exists()
+    assert (
+        "torch.compile cannot run here (RuntimeError: Cannot find a working triton" in out
+        and (tmp_path / "vae" / "model.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize("place, bf16", [("left", False), ("aligned", True)])
 def test_compiled_dit_learns_from_every_length(place, bf16):
-    """Its blocks really compiled, for all shapes at once: losses and gradients of two batches, of which the second is of another
-    shape, are the eager ones; with aligned text the durations' too, and those of heads that read the states between blocks."""
+    """Its blocks really compiled, for all shapes at once: losses and gradients of two batches, of which the second is
+    of another shape, are the eager ones; with aligned text the durations' too, and those of heads that read the states
+    between blocks."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    aligned, near = place == "aligned", 3e-2 if bf16 else 1e-4
+    aligned = place == "aligned"
+    near = 3e-2 if bf16 else 1e-4
     dit = DiT(DiTConfig(latent_dim=4, width=16, depth=3, heads=2, text_dim=8, text_layers=1, text_place=place))
     for linear in (dit.proj_out, *(block.attn_norm.linear for block in dit.transformer_blocks)):
         torch.nn.init.normal_(linear.weight, std=0.3)  # 0 at first, and with it most gradients
@@ -506,10 +662,16 @@ def test_compiled_dit_learns_from_every_length(place, bf16):
     for block in fast.dit.transformer_blocks:
         block.compile(dynamic=True)
     for b, n in ((2, 50), (3, 41)):
-        x, noise, keep = torch.randn(b, n, 4), torch.randn(b, n, 4), torch.zeros(b, dtype=torch.bool)
-        lengths, span = torch.tensor([n, *[n - 7] * (b - 1)]), torch.ones(b, n, dtype=torch.bool)
+        x = torch.randn(b, n, 4)
+        noise = torch.randn(b, n, 4)
+        keep = torch.zeros(b, dtype=torch.bool)
+        lengths = torch.tensor([n, *[n - 7] * (b - 1)])
+        span = torch.ones(b, n, dtype=torch.bool)
         starts = (torch.rand(b, 20) * (n - 7)).sort().values if aligned else None
-        batch = (x, noise, torch.rand(b), span, torch.randint(0, 256, (b, 20)), lengths, keep, keep, starts, torch.randn(b, n, 6))
+        batch = (
+            x, noise, torch.rand(b), span, torch.randint(0, 256, (b, 20)), lengths, keep, keep, starts,
+            torch.randn(b, n, 6),
+        )
         results = []
         for objective in (eager, fast):
             objective.zero_grad()
@@ -523,25 +685,30 @@ def test_compiled_dit_learns_from_every_length(place, bf16):
 
 @pytest.mark.parametrize("part", ["vae", "encoder first", "discriminators", "dit"])
 def test_compiles_whole_and_once(part, world, tmp_path, monkeypatch, capsys):
-    """No graph breaks, one graph a way of calling, however many steps. Counted where torch.compile traces: the rest of the compiler is left out."""
+    """No graph breaks, one graph a way of calling, however many steps. Counted where torch.compile traces: the rest of
+    the compiler is left out."""
     trace = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **options: trace(module, backend="eager", **options))
     counters = torch._dynamo.utils.counters
 
-    torch._dynamo.reset(), counters.clear()
+    torch._dynamo.reset()
+    counters.clear()
     if part in ("vae", "encoder first"):
         early = EARLY if part == "encoder first" else {}
         train_vae.main(VAE(world, tmp_path, steps=4, adv_weight=0, eval_every=2, **early) + ["--compile"])
     elif part == "dit":
         train_tts.main(TTS(world, tmp_path, steps=6, eval_every=3) + ["--compile"])
     else:  # which train_vae.py compiles on a GPU only: as its two steps call them
-        discriminators, wave = Discriminators(0.0625), torch.randn(2, 4000)
+        discriminators = Discriminators(0.0625)
+        wave = torch.randn(2, 4000)
         fast = prepare.compiled(discriminators, True, wave)
         for _ in range(3):
-            fast(torch.cat([wave, wave])), discriminators.requires_grad_(False)
+            fast(torch.cat([wave, wave]))
+            discriminators.requires_grad_(False)
             with torch.no_grad():
                 fast(wave)
-            fast(wave.clone().requires_grad_()), discriminators.requires_grad_(True)
+            fast(wave.clone().requires_grad_())
+            discriminators.requires_grad_(True)
     assert not counters["graph_break"], counters["graph_break"]
     assert "torch.compile cannot run" not in capsys.readouterr().out
     assert counters["stats"]["unique_graphs"] == {"discriminators": 4, "encoder first": 2}.get(part, 1)  # one a phase
@@ -549,13 +716,28 @@ def test_compiles_whole_and_once(part, world, tmp_path, monkeypatch, capsys):
 
 def test_paper_presets_take_a_step(world, tmp_path):
     """The full-size networks and discriminators, one update on a tiny batch."""
-    train_vae.main(VAE(world, tmp_path / "vae", preset="paper", device="cpu", batch_seconds=0.4, crop=0.4, steps=1, eval_every=1, adv_start=0, eval_clips=1))
+    train_vae.main(
+        VAE(
+            world, tmp_path / "vae", preset="paper", device="cpu", batch_seconds=0.4, crop=0.4, steps=1, eval_every=1,
+            adv_start=0, eval_clips=1,
+        )
+    )
     vae = SemanticVAE.from_pretrained(tmp_path / "vae")
     assert vae.config == VAEConfig(ssl_dim=32)  # the test's teacher is narrower than WavLM-Large
-    assert sum(p.numel() for p in Discriminators().parameters()) == sum(np.prod(s) for s in json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["state_dict"].values())
-    train_tts.main(TTS(world, tmp_path / "tts", preset="paper", device="cpu", batch_seconds=3, steps=1, eval_every=1, eval_sentences=1))
+    assert sum(p.numel() for p in Discriminators().parameters()) == sum(
+        np.prod(s)
+        for s in json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["state_dict"].values()
+    )
+    train_tts.main(
+        TTS(
+            world, tmp_path / "tts", preset="paper", device="cpu", batch_seconds=3, steps=1, eval_every=1,
+            eval_sentences=1,
+        )
+    )
     dit = DiT.from_pretrained(tmp_path / "tts")
-    assert (dit.config.width, dit.config.depth, dit.config.heads, dit.config.text_dim, dit.config.text_place) == (768, 18, 12, 512, "left")
+    assert (dit.config.width, dit.config.depth, dit.config.heads, dit.config.text_dim, dit.config.text_place) == (
+        768, 18, 12, 512, "left",
+    )
 
 
 def test_bad_input(world, tmp_path, fails):
@@ -567,7 +749,11 @@ def test_bad_input(world, tmp_path, fails):
     fails(train_vae.main, ["--data", world.data, "--out", world.vae], "already holds a run", "--resume")
     fails(train_vae.main, [*out, "--resume"], "holds no run to resume")
     fails(train_tts.main, ["--data", world.data, "--out", world.tts], "already holds a run", "--resume")
-    fails(train_tts.main, ["--data", world.data, *out, "--batch-seconds", "1"], "--batch-seconds 1.0 is below the longest, ")
+    fails(
+        train_tts.main,
+        ["--data", world.data, *out, "--batch-seconds", "1"],
+        "--batch-seconds 1.0 is below the longest, ",
+    )
 
     copy = tmp_path / "copy"
     shutil.copytree(world.data, copy)

@@ -1,11 +1,13 @@
 """What long trainings and strangers' files do to the scripts: python tests/torture.py [kill fuzz] [--seed 0]
 
-kill: prepare, both trainings, sample --list and evaluate are killed (SIGKILL) at random moments, again and again, and started anew
-      each time; after every kill all that lies in the folder must load, and in the end it must equal what a run without kills made.
-fuzz: thousands of damaged recordings, manifests, lists, checkpoints, data folders and texts: each gives a result or the one clean error,
-      never another exception, a crash, a hang, or a file name outside the output folder.
+kill: prepare, both trainings, sample --list and evaluate are killed (SIGKILL) at random moments, again and again, and
+      started anew each time; after every kill all that lies in the folder must load, and in the end it must equal what
+      a run without kills made.
+fuzz: thousands of damaged recordings, manifests, lists, checkpoints, data folders and texts: each gives a result or
+      the one clean error, never another exception, a crash, a hang, or a file name outside the output folder.
 
-Not a test: pytest does not collect it (some seven minutes). Prints what was tried; exits with 1 if anything was lost."""
+Not a test: pytest does not collect it (some seven minutes). Prints what was tried; exits with 1 if anything was
+lost."""
 
 import argparse
 import csv
@@ -43,7 +45,8 @@ def fork(work, log: Path) -> int:
     if pid:
         return pid
     with open(log, "a") as f:
-        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
     try:
         work()
         code = 0
@@ -53,7 +56,8 @@ def fork(work, log: Path) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -69,7 +73,10 @@ def wait(pid: int, log: Path) -> None:
 
 def without_seconds(folder: Path) -> list:
     wall = ("seconds", "audio", "memory", "mfu")  # differ from run to run
-    return [{k: v for k, v in row.items() if k not in wall} for row in csv.DictReader(open(folder / "log.csv", encoding="utf-8"))]
+    return [
+        {k: v for k, v in row.items() if k not in wall}
+        for row in csv.DictReader(open(folder / "log.csv", encoding="utf-8"))
+    ]
 
 
 def trained(kind):
@@ -89,11 +96,17 @@ def trained(kind):
 
 def prepared_loads(out: Path, final: Path) -> None:
     if (out / "meta.json").exists():
-        prepare.Data(out, tuple(name for name in ("audio", "ssl", "latents") if name in json.loads((out / "meta.json").read_text())))
+        prepare.Data(
+            out,
+            tuple(name for name in ("audio", "ssl", "latents") if name in json.loads((out / "meta.json").read_text())),
+        )
 
 
 def prepared(out: Path):
-    return [(out / name).read_bytes() for name in ("index.tsv", "audio.bin", "ssl.bin", next(out.glob("latents-*.bin")).name, "dropped.tsv")]
+    return [
+        (out / name).read_bytes()
+        for name in ("index.tsv", "audio.bin", "ssl.bin", next(out.glob("latents-*.bin")).name, "dropped.tsv")
+    ]
 
 
 def waves_are_whole(out: Path, final: Path) -> None:
@@ -101,7 +114,9 @@ def waves_are_whole(out: Path, final: Path) -> None:
 
 
 def scores_are_whole(out: Path, final: Path) -> None:
-    assert not (out / "s.csv").exists() or (out / "s.csv").read_bytes() == (final / "s.csv").read_bytes(), "scores differ"
+    assert not (out / "s.csv").exists() or (out / "s.csv").read_bytes() == (final / "s.csv").read_bytes(), (
+        "scores differ"
+    )
 
 
 def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
@@ -112,30 +127,64 @@ def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
     world = World.__new__(World)  # its folders, made by the child: this process must start no threads before it forks
     for name in ("corpus", "ssl", "sv", "data", "vae", "tts"):
         setattr(world, name, root / name)
-    long = lambda flags, **more: [*(x for pair in (dict(zip(flags[::2], flags[1::2])) | more).items() for x in pair), flags[-1]]
+
+    def long(flags, **more):
+        return [
+            *(x for pair in (dict(zip(flags[::2], flags[1::2])) | more).items() for x in pair),
+            flags[-1],
+        ]
+
     steps = {"--steps": "10", "--eval-every": "2", "--log-every": "1"}
-    lines = [f"audio/{a}.wav\t1\tone small bird sang\taudio/{b}.wav\t1\tby the river" for a, b in ((i % 5, i) for i in range(9))]
+    lines = [
+        f"audio/{a}.wav\t1\tone small bird sang\taudio/{b}.wav\t1\tby the river"
+        for a, b in ((i % 5, i) for i in range(9))
+    ]
     (root / "corpus" / "all.lst").write_text("\n".join(lines) + "\n")
     everything = ["--list", str(root / "corpus" / "all.lst")]
     commands = {  # name: script, flags, how --out is given, what must load after a kill, what must be equal at the end
-        "prepare": (prepare, [str(world.corpus), "--ssl", str(world.ssl), "--text", "plain", "--vae", str(world.vae)], "", prepared_loads, prepared),
+        "prepare": (
+            prepare, [str(world.corpus), "--ssl", str(world.ssl), "--text", "plain", "--vae", str(world.vae)], "",
+            prepared_loads, prepared,
+        ),
         "train_vae": (train_vae, ["--data", str(world.data), *long(VAE_FLAGS, **steps)], "", *trained(SemanticVAE)),
-        "train_tts": (train_tts, ["--data", str(world.data), "--asr", "none", *long(TTS_FLAGS, **steps)], "", *trained(DiT)),
-        "sample": (sample, ["--tts", str(world.tts), *everything, "--steps", "2", "--batch-size", "2"], "", waves_are_whole, lambda out: sorted((p.name, p.read_bytes()) for p in out.glob("*.wav"))),
-        "evaluate": (evaluate, ["--asr", str(world.ssl), "--sim", str(world.sv), *everything], "s.csv", scores_are_whole, lambda out: (out / "s.csv").read_bytes()),
-    }  # fmt: skip
+        "train_tts": (
+            train_tts,
+            ["--data", str(world.data), "--asr", "none", *long(TTS_FLAGS, **steps)],
+            "",
+            *trained(DiT),
+        ),
+        "sample": (
+            sample,
+            ["--tts", str(world.tts), *everything, "--steps", "2", "--batch-size", "2"],
+            "",
+            waves_are_whole,
+            lambda out: sorted((p.name, p.read_bytes()) for p in out.glob("*.wav")),
+        ),
+        "evaluate": (
+            evaluate, ["--asr", str(world.ssl), "--sim", str(world.sv), *everything], "s.csv", scores_are_whole,
+            lambda out: (out / "s.csv").read_bytes(),
+        ),
+    }
     lost = 0
     for name, (script, flags, file, loads, result) in commands.items():
+
         def run(out):
             resume = script in (train_vae, train_tts) and (out / "state.pt").exists()
-            if not resume and (out / "model.safetensors").exists():  # killed between the first weights and their state: refused
+            # killed between the first weights and their state: refused
+            if not resume and (out / "model.safetensors").exists():
                 shutil.rmtree(out)
-            return fork(lambda: script.main(["--resume", "--out", str(out)] if resume else [*flags, "--out", str(out / file)]), log)
+            return fork(
+                lambda: script.main(["--resume", "--out", str(out)] if resume else [*flags, "--out", str(out / file)]),
+                log,
+            )
 
-        straight, broken = root / f"straight-{name}", root / f"broken-{name}"
+        straight = root / f"straight-{name}"
+        broken = root / f"broken-{name}"
         start = time.time()
         wait(run(straight), log)
-        duration, killed, starts = time.time() - start, 0, 0
+        duration = time.time() - start
+        killed = 0
+        starts = 0
         while killed < kills:
             pid = run(broken)
             time.sleep(rng.uniform(0, 0.6 * duration))
@@ -156,7 +205,8 @@ def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
         wait(run(broken), log)
         same = result(straight) == result(broken)
         lost += not same
-        print(f"  {name:<10} {killed} kills in {starts} starts; in the end {'the same bytes' if same else 'ANOTHER RESULT'}", flush=True)
+        end = "the same bytes" if same else "ANOTHER RESULT"
+        print(f"  {name:<10} {killed} kills in {starts} starts; in the end {end}", flush=True)
     return lost
 
 
@@ -168,7 +218,8 @@ def damage(data: bytes, rng: random.Random) -> bytes:
     """Some bytes changed, cut out, doubled, or replaced by numbers that headers dislike; or the end cut off."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
-        i, n = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 4, 8, 64))
+        i = rng.randrange(len(data) + 1)
+        n = rng.choice((1, 1, 2, 4, 8, 64))
         i = min(i, rng.choice((64, 256, len(data))))  # headers more often
         kind = rng.randrange(6)
         if kind == 0:
@@ -180,7 +231,10 @@ def damage(data: bytes, rng: random.Random) -> bytes:
         elif kind == 3:
             data[i : i + 4] = rng.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\0\0\0\x80"))
         elif kind == 4:
-            data[i : i + 1] = rng.choice((b"|", b"\t", b"\n", b"\0", b"/", b"..", b'"', b"{", b"[", b"-", b"9" * 30, "é\u2028\U0001f600".encode()))
+            data[i : i + 1] = rng.choice((
+                b"|", b"\t", b"\n", b"\0", b"/", b"..", b'"', b"{", b"[", b"-", b"9" * 30,
+                "é\u2028\U0001f600".encode(),
+            ))
         else:
             del data[rng.randrange(len(data) + 1) :]
     return bytes(data)
@@ -240,9 +294,16 @@ def lists(root: Path):
 
 
 def checkpoints(root: Path):
-    vae = SemanticVAE(VAEConfig(encoder_dim=1, encoder_rates=(2,), latent_dim=2, decoder_dim=2, decoder_rates=(2,), decoder_kernels=(2,), resblock_kernels=(1,), ssl_dim=0))
+    vae = SemanticVAE(
+        VAEConfig(
+            encoder_dim=1, encoder_rates=(2,), latent_dim=2, decoder_dim=2, decoder_rates=(2,), decoder_kernels=(2,),
+            resblock_kernels=(1,), ssl_dim=0,
+        )
+    )
     vae.save_pretrained(root / "vae")
-    DiT(DiTConfig(latent_dim=2, width=16, depth=1, heads=1, text_dim=4, text_layers=1, vae_hash=vae.latents_hash())).save_pretrained(root / "dit")
+    DiT(
+        DiTConfig(latent_dim=2, width=16, depth=1, heads=1, text_dim=4, text_layers=1, vae_hash=vae.latents_hash())
+    ).save_pretrained(root / "dit")
     weights = torch.nn.Linear(2, 2).state_dict()
     torch.save(dict(step=3, kept={}, seconds=1.0, model=weights, ema=weights), root / "state.pt")
     going_on = argparse.Namespace(out=root, resume=True, steps=9)
@@ -277,7 +338,9 @@ def data_folders(root: Path):
         try:
             data = prepare.Data(root / "data", ("audio", "ssl", "latents"))
             for i in range(len(data.clips)):
-                assert all(len(data.get(name, i)) == np.diff(data.offsets[name])[i] for name in ("audio", "ssl", "latents"))
+                assert all(
+                    len(data.get(name, i)) == np.diff(data.offsets[name])[i] for name in ("audio", "ssl", "latents")
+                )
         finally:
             path.write_bytes(files[path])
 
@@ -285,11 +348,17 @@ def data_folders(root: Path):
 
 
 def texts(root: Path):
-    kinds = [(0x20, 0x7F), (0, 0x20), (0xA0, 0x250), (0x300, 0x370), (0xE00, 0xE80), (0x3040, 0x3100), (0x4E00, 0x9FFF), (0x2000, 0x2070), (0xD800, 0xE000), (0x1F300, 0x1FAFF), (0, 0x110000)]
+    kinds = [
+        (0x20, 0x7F), (0, 0x20), (0xA0, 0x250), (0x300, 0x370), (0xE00, 0xE80), (0x3040, 0x3100), (0x4E00, 0x9FFF),
+        (0x2000, 0x2070), (0xD800, 0xE000), (0x1F300, 0x1FAFF), (0, 0x110000),
+    ]
 
     def read(rng):
         low, high = rng.choice(kinds)
-        text = "".join(chr(rng.randrange(low, high)) if rng.random() < 0.7 else rng.choice(" .,!?'\n") for _ in range(rng.choice((0, 1, 3, 20, 300))))
+        text = "".join(
+            chr(rng.randrange(low, high)) if rng.random() < 0.7 else rng.choice(" .,!?'\n")
+            for _ in range(rng.choice((0, 1, 3, 20, 300)))
+        )
         text = prepare.normalize_text(text, rng.choice(("raw", "plain")))
         symbols = sample.to_bytes(text)
         assert bytes(symbols.tolist()).decode() == text
@@ -307,10 +376,12 @@ def fuzz(root: Path, rng: random.Random, count: int = 10_000) -> int:
     for make in (audio_files, manifests, lists, checkpoints, data_folders, texts):
         folder = root / make.__name__
         folder.mkdir()
-        progress, seed = folder / "progress", rng.randrange(1 << 30)
+        progress = folder / "progress"
+        seed = rng.randrange(1 << 30)
 
         def work():
-            read, refused = make(folder), 0
+            read = make(folder)
+            refused = 0
             signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("ten seconds")))
             for i in range(count):
                 progress.write_text(f"{i} {refused}")
@@ -327,7 +398,8 @@ def fuzz(root: Path, rng: random.Random, count: int = 10_000) -> int:
         done, refused = map(int, progress.read_text().split())
         lost += status != 0
         trouble = f"; then status {status}:\n{(folder / 'log').read_text()[-2000:]}" if status else ""
-        print(f"  {make.__name__:<12} {done} inputs in {time.time() - start:.0f} s: {refused} refused, {done - refused} read{trouble}", flush=True)
+        spent = f"{done} inputs in {time.time() - start:.0f} s"
+        print(f"  {make.__name__:<12} {spent}: {refused} refused, {done - refused} read{trouble}", flush=True)
     return lost
 
 
