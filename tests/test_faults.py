@@ -153,9 +153,7 @@ def test_any_number_of_ranks_resumes(train, args, changes, bf16, near, world, tm
     script = Path(train.__file__).name
 
     def run(name, steps):
-        return torchrun(
-            script, *args(world, tmp_path / name, steps=steps, eval_every=2, **changes), bf16
-        )
+        return torchrun(script, *args(world, tmp_path / name, steps=steps, eval_every=2, **changes), bf16)
 
     run("straight", 4)
     run("two", 2)
