@@ -7,7 +7,7 @@
     python demo/make.py sv --data demo/corpus --others REAL         # demo/sv: speaker similarity
     python demo/make.py features --data DATA --whisper WHISPER
                                                    # Whisper's features into a prepared folder, as its teacher's
-    python demo/make.py export --run RUN --out DIR # demo/vae and demo/tts: a run's weights in float16, and its log
+    python demo/make.py export --run RUN --out DIR [--vae VAE]   # demo/vae, demo/tts: a run in float16, and its log
 
 demo/README.md says where KOKORO, WHISPER and REAL come from, and with which flags the files here were made. Four voices
 and one sentence in eight are held out from everything.
@@ -111,8 +111,7 @@ TEST_VOICES = ["af_sarah", "am_michael", "bf_emma", "bm_george"]  # held out fro
 
 
 def voices(folder: Path, count: int, seed: int) -> dict[str, np.ndarray]:
-    """The English voices but for those held out, and mixtures of two of one sex and accent or sex; each float32
-    [510, 256]."""
+    """The English voices but for those held out (seed 0), then mixtures of two of one sex; each float32 [510, 256]."""
     single = {p.stem: np.fromfile(p, np.float32).reshape(510, 256) for p in sorted(folder.glob("[ab][fm]_*.bin"))}
     known = [name for name in single if name not in TEST_VOICES]
     chosen = {name: single[name] for name in known[:count]} if seed == 0 else {}
@@ -141,7 +140,7 @@ def start(kokoro: str):
     symbols = json.loads(Path(kokoro, "vocab.json").read_text(encoding="utf-8"))["vocab"]
 
 
-def speak(job) -> tuple[np.ndarray, str]:
+def speak(job) -> float:
     text, style, speed, british, path = job
     ids = [symbols[c] for c in phonemes(text, british)]
     speed = np.array([speed], np.float32)
@@ -603,9 +602,10 @@ if __name__ == "__main__":
     parser.add_argument("--voices", type=int, default=48, help="corpus: voices to train on")
     parser.add_argument("--sentences", type=int, default=26, help="corpus: training sentences a voice")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="corpus: processes that speak")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="ssl, sv: a corpus; may be repeated")
+    folders = "ssl, sv: a corpus; features: a prepared folder; may be repeated"
+    parser.add_argument("--data", type=Path, action="append", default=[], help=folders)
     parser.add_argument("--others", type=Path, action="append", default=[], help="ssl, sv: folder of other clips")
-    parser.add_argument("--whisper", type=Path, help="ssl: folder of Whisper base in CTranslate2's form")
+    parser.add_argument("--whisper", type=Path, help="ssl, features: folder of Whisper base in CTranslate2's form")
     parser.add_argument("--run", type=Path, help="export: the run's folder")
     parser.add_argument("--vae", type=Path, help="export: where a DiT's exported VAE is")
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo-make"), help="ssl, sv: the state to resume from")

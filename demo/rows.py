@@ -30,8 +30,8 @@ from prepare import write_wave
 
 HERE = ROOT / "demo" / "rows"
 LIST = ROOT / "demo" / "corpus" / "test.lst"
-VAE = "--preset demo --latent-dim 64 --encoder-steps 2000 --steps 3000 --teacher-weight 0 --adv-weight 0"
-VAE += " --eval-every 1000"
+VAE = ("--preset demo --latent-dim 64 --encoder-steps 2000 --steps 3000 --teacher-weight 0 --adv-weight 0 "
+       "--eval-every 1000")
 TTS = "--preset demo --steps 600 --eval-every 120 --eval-sentences 16 --log-every 20"
 ROWS = {  # what each VAE differs in
     "semantic-64": "",  # teacher: Whisper base
@@ -262,5 +262,8 @@ if __name__ == "__main__":
     args = parser.parse_intermixed_args()
     if args.what == "collect" and not args.judge:
         parser.error("collect needs --judge")
+    for name in args.rows:
+        if not re.fullmatch(rf"({'|'.join(ROWS)})\.\d+\.(aligned|even)(\+adma)?", name):
+            parser.error(f"no row {name}: expected VAE.SEED.PLACE, of {', '.join(ROWS)}, aligned and even")
     args.work = args.work.resolve()
     {"train": train, "collect": collect, "table": table}[args.what](args)

@@ -180,12 +180,10 @@ def noise_data(
         with open(folder / f"{name}.bin", "wb") as f:
             if silent:
                 f.truncate(2 * math.prod(shape))
+            elif name == "audio":
+                rng.integers(-3000, 3000, shape, dtype=np.int16).tofile(f)
             else:
-                (
-                    rng.integers(-3000, 3000, shape, dtype=np.int16)
-                    if name == "audio"
-                    else rng.standard_normal(shape, dtype=np.float32).astype(np.float16)
-                ).tofile(f)
+                rng.standard_normal(shape, dtype=np.float32).astype(np.float16).tofile(f)
 
     def entry(shape, dtype, rate, **more):
         return dict(shape=shape, dtype=dtype, rate=str(rate), **more)
@@ -243,11 +241,10 @@ def vae(form: str, work: Path) -> dict:
     flags = [str(f) for f in flags]
 
     def train():
-        return (
+        if form == "plain":
             plain.train(flags, DEVICE)
-            if form == "plain"
-            else train_vae.main([*flags, "--compile" if form == "compiled" else "--no-compile"])
-        )
+        else:
+            train_vae.main([*flags, "--compile" if form == "compiled" else "--no-compile"])
 
     seconds = seconds_of_a_step(plain if form == "plain" else train_vae, train, steps) / crops
     return dict(
@@ -262,9 +259,9 @@ def dit(form: str, work: Path) -> dict:
     batch, micro, steps = (3240, 450, 12) if GPU else (30, 30, 8)
     flags = [
         "--preset", "paper", "--data", work / "data", "--out", work / f"dit-{form}", "--steps", 1000,
-        "--batch-seconds", batch, "--micro-seconds", micro, "--warmup", 10, "--device", DEVICE.type, "--eval-every",
-        10**6, "--eval-sentences", 1, "--asr", "none", "--compile" if form == "compiled" else "--no-compile",
-        "--bf16" if GPU else "--no-bf16",
+        "--batch-seconds", batch, "--micro-seconds", micro, "--warmup", 10, "--device", DEVICE.type,
+        "--eval-every", 10**6, "--eval-sentences", 1, "--asr", "none",
+        "--compile" if form == "compiled" else "--no-compile", "--bf16" if GPU else "--no-bf16",
     ]
     seconds = seconds_of_a_step(train_tts, lambda: train_tts.main([str(f) for f in flags]), steps)
     examples = train_tts.Utterances(Data(work / "data", ("latents",)), "train", batch, 1, 0)
@@ -359,11 +356,11 @@ def demo_requests():
         frames, starts = sample.plan(model, prompt.shape[1], sample.Request(wave, prompt_text, text))
         padded = torch.nn.functional.pad(prompt, (0, 0, 0, frames - prompt.shape[1]))
         lengths = torch.tensor([frames], device=DEVICE)
-        given = torch.tensor([prompt.shape[1]], device=DEVICE)
+        prompt_lengths = torch.tensor([prompt.shape[1]], device=DEVICE)
         noise = torch.randn(1, frames, model.config.latent_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
         symbols = sample.to_bytes(f"{prompt_text} {text}")[None].to(DEVICE)
         starts = starts[None].to(DEVICE)
-        given = (noise, padded, given, symbols, lengths)
+        given = (noise, padded, prompt_lengths, symbols, lengths)
         requests.append(dict(wave=wave, integrate=given, starts=starts, frames=frames - prompt.shape[1]))
     return model, codec, requests
 
@@ -432,19 +429,16 @@ def start(form: str, work: Path) -> dict:
     """Seconds from a training's start until the end of its first step, with the compiler's caches empty."""
     my_turn()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / f"cache-{form}")
-    script, compile_flag = (
-        (train_vae, "--compile")
-        if form == "vae"
-        else (train_tts, "--no-compile" if form == "dit eager" else "--compile")
-    )
-    size = (
-        ["--batch-seconds", 2, "--crop", 1, "--micro-batch", 2]
-        if form == "vae"
-        else ["--batch-seconds", 30, "--warmup", 0, "--asr", "none"]
-    )
+    if form == "vae":
+        script = train_vae
+        size = ["--batch-seconds", 2, "--crop", 1, "--micro-batch", 2, "--compile"]
+    else:
+        script = train_tts
+        size = ["--batch-seconds", 30, "--warmup", 0, "--asr", "none"]
+        size += ["--no-compile" if form == "dit eager" else "--compile"]
     flags = [
         "--preset", "paper", "--data", work / "data", "--out", work / form, "--steps", 9, "--device", DEVICE.type,
-        *size, compile_flag,
+        *size,
     ]
     begun = time.perf_counter()
     ended = []

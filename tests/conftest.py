@@ -1,5 +1,6 @@
 """A small world to test in: synthetic clips, random tiny models, and one run of every stage, made once."""
 
+import csv
 import importlib
 import json
 import math
@@ -14,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# on CPUs everywhere: that is where results are the same to the bit
+# CUDA_VISIBLE_DEVICES: CPUs everywhere, where results are the same to the bit.
 os.environ.update(
     HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", TOKENIZERS_PARALLELISM="false"
 )
@@ -29,22 +30,50 @@ import train_tts
 import train_vae
 from model import PRESETS
 
-# the tests are small: a second thread costs more than it gives
+# The tests are small: a second thread costs more than it gives.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 prepare.Aligner.WORST = -math.inf  # the small world's recogniser knows nothing
-# smaller; scripts that tests start as processes have the preset as it is
+# Smaller. Scripts run as commands (test_faults.py's start) have the preset as it is.
 PRESETS["demo"]["vae"] |= dict(encoder_dim=4, decoder_dim=64)
 PRESETS["demo"]["dit"] |= dict(width=64, depth=3, heads=1, text_dim=32)
 RATE = 16000
 # Pairs, and a last one alone: so that results are the same on every CPU.
 VAE_FLAGS = [
-    "--preset", "demo", "--steps", "2", "--batch-seconds", "1.6", "--crop", "0.4", "--eval-every", "2", "--log-every",
-    "1", "--adv-start", "1", "--eval-clips", "2", "--disc-width", "0.0625", "--encoder-steps", "0", "--no-compile",
+    "--preset", "demo", "--steps", "2", "--batch-seconds", "1.6", "--crop", "0.4", "--eval-every", "2",
+    "--log-every", "1", "--adv-start", "1", "--eval-clips", "2", "--disc-width", "0.0625", "--encoder-steps", "0",
+    "--no-compile",
 ]
 TTS_FLAGS = [
-    "--preset", "demo", "--warmup", "0", "--lr", "4e-5", "--steps", "2", "--batch-seconds", "6", "--micro-seconds",
-    "100", "--eval-every", "2", "--log-every", "1", "--eval-sentences", "2", "--sample-steps", "2", "--no-bf16",
+    "--preset", "demo", "--warmup", "0", "--lr", "4e-5", "--steps", "2", "--batch-seconds", "6",
+    "--micro-seconds", "100", "--eval-every", "2", "--log-every", "1", "--eval-sentences", "2", "--sample-steps", "2",
+    "--no-bf16",
 ]
+TIMES = {"seconds", "audio", "memory", "mfu"}  # columns of log.csv that no two runs share
+
+
+def flags(base, **changes) -> list[str]:
+    """A list of flags (pairs, and a last one alone) with some values replaced or added."""
+    merged = dict(zip(base[::2], base[1::2])) | {"--" + k.replace("_", "-"): str(v) for k, v in changes.items()}
+    return [*(x for pair in merged.items() for x in pair), base[-1]]
+
+
+def VAE(world, out, **changes) -> list[str]:
+    return ["--data", str(world.data), "--out", str(out), *flags(VAE_FLAGS, **changes)]
+
+
+def TTS(world, out, **changes) -> list[str]:
+    return ["--data", str(world.data), "--out", str(out), "--asr", "none", *flags(TTS_FLAGS, **changes)]
+
+
+def scoring(world, out: Path, *more) -> list[str]:
+    """evaluate.py's flags for the small world's list and scorers; of a flag that comes twice, the last one counts."""
+    given = ["--list", world.corpus / "test.lst", "--asr", world.ssl, "--sim", world.sv, "--out", out, *more]
+    return [str(flag) for flag in given]
+
+
+def rows(folder) -> list[dict[str, str]]:
+    """log.csv of a run."""
+    return list(csv.DictReader(open(folder / "log.csv", encoding="utf-8")))
 
 
 def tone(seconds: float, seed: int) -> np.ndarray:
@@ -127,8 +156,8 @@ class World:
         self.vae = root / "vae"
         self.tts = root / "tts"
         prepare.main([
-            str(self.corpus), "--out", str(self.data), "--ssl", str(self.ssl), "--aligner", str(self.ssl), "--text",
-            "plain",
+            str(self.corpus), "--out", str(self.data), "--ssl", str(self.ssl), "--aligner", str(self.ssl),
+            "--text", "plain",
         ])
         train_vae.main(["--data", str(self.data), "--out", str(self.vae), *VAE_FLAGS])
         prepare.main(["--out", str(self.data), "--ssl", "none", "--vae", str(self.vae)])
@@ -160,8 +189,8 @@ def fails(capsys, monkeypatch):
     return check
 
 
-RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(["conftest", "sample", "evaluate", "torch._dynamo"])  # imported once, not by each rank
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "sample", "evaluate", "torch._dynamo"])  # imported once, not by each rank
 
 
 def one_rank(script: str, args: list[str], environment: dict[str, str], first: str, output: Path) -> None:
@@ -187,7 +216,7 @@ def torchrun(script: str, *args, ranks: int = 2, first: str = "") -> str:
             environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
             environment |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
             options = script, list(map(str, args)), environment, first, output
-            processes.append(RANKS.Process(target=one_rank, args=options))
+            processes.append(FORKS.Process(target=one_rank, args=options))
             processes[-1].start()
         for process in processes:
             process.join(600)

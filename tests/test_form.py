@@ -9,7 +9,7 @@ from conftest import ROOT
 
 SCRIPTS = ("model", "prepare", "train_vae", "train_tts", "sample", "evaluate")
 FILES = [path.relative_to(ROOT).as_posix() for folder in ("", "demo", "tests") for path in (ROOT / folder).glob("*.py")]
-# Beside all on model, and all but it on prepare.
+# (script, what it imports) beside model, which all lean on, and prepare, which all but model do.
 LEANS = {("sample", "evaluate"), ("train_tts", "sample"), ("train_tts", "evaluate")}
 
 

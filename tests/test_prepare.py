@@ -206,8 +206,6 @@ def test_two_ranks_make_the_same_bytes(tmp_path, world):
 
 
 def test_latents_are_the_posterior_and_their_statistics_standardise_it(world):
-    from model import SemanticVAE
-
     data = Data(world.data, ("audio", "latents"))
     vae = SemanticVAE.from_pretrained(world.vae)
     with torch.no_grad():

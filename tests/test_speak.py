@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import RATE, ROOT, TTS_FLAGS, VAE_FLAGS, tone, torchrun
+from conftest import RATE, ROOT, TTS_FLAGS, VAE_FLAGS, scoring, tone, torchrun
 from test_golden import case
 from test_public import write_hub
 from transformers import (
@@ -230,8 +230,8 @@ def test_intervals():
 
 def say(world, out, *more):
     args = [
-        "--tts", str(world.tts), "--asr", str(world.ssl), "--ref", str(world.corpus / "audio" / "3.wav"), "--out",
-        str(out), "--steps", "2",
+        "--tts", str(world.tts), "--asr", str(world.ssl), "--ref", str(world.corpus / "audio" / "3.wav"),
+        "--out", str(out), "--steps", "2",
     ]
     sample.main([*args, *map(str, more)])
     return sf.read(out, dtype="float32")[0]
@@ -278,8 +278,8 @@ def test_an_aligned_dit_speaks_as_long_as_its_durations_say(world, tmp_path):
 
 def test_sample_splits_long_text_takes_takes_and_transcribes(world, tmp_path, capsys, monkeypatch):
     say(
-        world, tmp_path / "a.wav", "--ref-text", "one small bird", "--text",
-        "By the river. One bird sang. By the small river, one small bird sang.", "--takes", 2,
+        world, tmp_path / "a.wav", "--ref-text", "one small bird",
+        "--text", "By the river. One bird sang. By the small river, one small bird sang.", "--takes", 2,
     )
     out = capsys.readouterr().out
     assert out.count("piece: ") >= 2 and "take 1 (seed 1): character error rate" in out
@@ -305,7 +305,7 @@ def test_what_one_gets_does_not_depend_on_its_batch(world):
 
 def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fails):
     out = tmp_path / "generated"
-    # alone: the same bytes on every CPU
+    # One at a time: the same bytes on every CPU.
     args = [
         "--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--out", str(out), "--steps", "2",
         "--batch-size", "1",
@@ -316,11 +316,8 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
     (out / "3.wav").unlink()
     sample.main(args)
     assert {p.name: p.read_bytes() for p in out.glob("*.wav")} == waves and "2 there already" in capsys.readouterr().out
-    score = [
-        "--list", world.corpus / "test.lst", "--generated", out, "--reconstruct", world.vae, "--asr", world.ssl,
-        "--sim", world.sv, "--out", tmp_path / "scores.csv",
-    ]
-    evaluate.main([str(a) for a in score])
+    score = scoring(world, tmp_path / "scores.csv", "--generated", out, "--reconstruct", world.vae)
+    evaluate.main(score)
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()[:5]] == [
         "system", "original", "reconstruction", "synthesis", "signature:",
@@ -347,20 +344,16 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
 
 def test_noise_in_the_latents_is_a_row_each(world, tmp_path, capsys, fails):
     """Without any the same as the reconstruction, more the further away; the same noise for every call."""
-    score = [
-        "--list", world.corpus / "test.lst", "--no-original", "--asr", world.ssl, "--sim", world.sv, "--out",
-        tmp_path / "s.csv",
-    ]
-    args = [str(a) for a in [*score, "--reconstruct", world.vae, "--noise", "0", "0.3", "3"]]
+    score = scoring(world, tmp_path / "s.csv", "--no-original")
+    args = [*score, "--reconstruct", str(world.vae), "--noise", "0", "0.3", "3"]
     tables = []
     for _ in range(2):
         evaluate.main(args)
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1]
-    rows = csv.DictReader(open(tmp_path / "s.csv", encoding="utf-8"))
     mels = {}
-    for row in rows:
-        mels.setdefault(row["system"], []).append(float(row["mel"]))
+    for record in csv.DictReader(open(tmp_path / "s.csv", encoding="utf-8")):
+        mels.setdefault(record["system"], []).append(float(record["mel"]))
     plain, none, some, much = (
         mels[name] for name in ("reconstruction", "reconstruction+0.0", "reconstruction+0.3", "reconstruction+3.0")
     )
@@ -373,13 +366,9 @@ def test_noise_in_the_latents_is_a_row_each(world, tmp_path, capsys, fails):
 def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch):
     """Stopped at the fourth record, and that one half written: the second run makes what is missing, and ends with the
     same bytes."""
-    args = [
-        "--list", world.corpus / "test.lst", "--reconstruct", world.vae, "--asr", world.ssl, "--sim", world.sv,
-        "--out",
-    ]
 
-    def run(out):
-        return evaluate.main([str(a) for a in [*args, tmp_path / out]])
+    def run(out, *more):
+        evaluate.main(scoring(world, tmp_path / out, "--reconstruct", world.vae, *more))
 
     run("straight.csv")
     score = evaluate.score
@@ -397,7 +386,7 @@ def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch):
     (records,) = (tmp_path / "again.csv.work").glob("*-0.jsonl")
     with open(records, "a") as f:
         f.write('\n["cut off')
-    evaluate.main([str(a) for a in (*args, tmp_path / "again.csv", "--limit", 1)])  # another table of that name
+    run("again.csv", "--limit", 1)  # another table of that name
     assert records.exists()
     run("again.csv")
     assert len(calls) == 4 + 2 + 3 and not (tmp_path / "again.csv.work").exists()
@@ -413,11 +402,11 @@ def test_report_is_one_page_with_everything_inside(world, tmp_path, monkeypatch,
         "--tts", str(world.tts), "--list", str(world.corpus / "test.lst"), "--out", str(generated), "--steps", "1",
     ])
     page_of = [
-        *table, "--scores", tmp_path / "s.csv", "--asr", world.ssl, "--runs", world.vae, world.tts, "--out",
-        tmp_path / "report",
+        *table, "--scores", tmp_path / "s.csv", "--asr", world.ssl, "--runs", world.vae, world.tts,
+        "--out", tmp_path / "report",
     ]
     fails(report.main, page_of, "no scores in", "s.csv", "run python evaluate.py first")
-    evaluate.main([str(a) for a in (*table, "--asr", world.ssl, "--sim", world.sv, "--out", tmp_path / "s.csv")])
+    evaluate.main(scoring(world, tmp_path / "s.csv", *table))
     printed = capsys.readouterr().out.splitlines()[:4]
     fails(report.main, [*page_of, "--runs", world.data], "is no run folder (no log.csv)")
     fails(report.main, [*page_of, "--compare", tmp_path / "none"], "no folder", "none")
@@ -456,8 +445,7 @@ def test_two_ranks_sample_and_score_the_same(world, tmp_path):
             "--batch-size", "1", ranks=ranks,
         )
         table = torchrun(
-            "evaluate.py", "--list", world.corpus / "test.lst", "--generated", out, "--asr", world.ssl, "--sim",
-            world.sv, "--out", tmp_path / "s.csv", ranks=ranks,
+            "evaluate.py", *scoring(world, tmp_path / "s.csv", "--generated", out), ranks=ranks
         )
         tables.append([line for line in table.splitlines() if line.startswith(("original", "synthesis"))])
     assert len(tables[0]) == 2 and tables[0] == tables[1]
@@ -526,9 +514,8 @@ def test_the_shipped_weights_speak():
     recogniser, and not by chance: it says its own sentence and not its neighbour's. demo/README.md has the independent
     judge's figures."""
     dit, vae, _ = sample.load(str(prepare.DEMO / "tts"), None, torch.device("cpu"))
-    asr = evaluate.Recognizer(str(prepare.DEMO / "ssl"), torch.device("cpu"))
+    listen = evaluate.Recognizer(str(prepare.DEMO / "ssl"), torch.device("cpu"))
     lines = evaluate.read_list(prepare.DEMO / "corpus" / "test.lst")[::6]
-    listen = asr
 
     def wave(name):
         return prepare.read_audio(prepare.DEMO / "corpus" / name, 16000)
@@ -694,30 +681,25 @@ def test_every_readme_command_runs(world, tmp_path, monkeypatch):
         done.append(script)
     assert set(done) == set(mains) and len(done) >= 10
     # the paper's table, from data to scores
-    rows = ["librispeech-pc", "librispeech-pc-vanilla", "librispeech-pc-16", "librispeech-pc-mel"]
+    tables = ["librispeech-pc", "librispeech-pc-vanilla", "librispeech-pc-16", "librispeech-pc-mel"]
     assert len(f5_tts) == 3  # speaks; says the list; is scored
     if importlib.util.find_spec("vocos"):
         assert sf.info(tmp_path / "real.wav").samplerate == 24000
-        rows.append("librispeech-pc-f5")
-    for row in rows:
-        assert len((tmp_path / "runs" / f"{row}.csv").read_text().splitlines()) == 1 + 3 * 3
+        tables.append("librispeech-pc-f5")
+    for table in tables:
+        assert len((tmp_path / "runs" / f"{table}.csv").read_text().splitlines()) == 1 + 3 * 3
 
     def settings(run):
-        return {
-            k: v
-            for k, v in json.loads((tmp_path / "runs" / run / "args.json").read_text()).items()
-            if k not in ("facts", "learns_from")
-        }
+        found = json.loads((tmp_path / "runs" / run / "args.json").read_text())
+        return {k: v for k, v in found.items() if k != "facts"}
 
     def differing(a, b):
         return {k for k, _ in set(settings(a).items()) ^ set(settings(b).items())}
 
-    assert differing("vae-libritts", "vae-vanilla") == {"out", "align_weight"} and differing(
-        "tts-libritts", "tts-vanilla"
-    ) == {"out"}
-    assert (tmp_path / "sample.wav").exists() and json.loads((tmp_path / "runs" / "tts" / "config.json").read_text())[
-        "model"
-    ] == "DiT"
+    assert differing("vae-libritts", "vae-vanilla") == {"out", "align_weight"}
+    assert differing("tts-libritts", "tts-vanilla") == {"out"}
+    assert (tmp_path / "sample.wav").exists()
+    assert json.loads((tmp_path / "runs" / "tts" / "config.json").read_text())["model"] == "DiT"
 
 
 def test_rows_are_compared_over_the_same_utterances(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 input."""
 
 import copy
-import csv
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TTS_FLAGS, VAE_FLAGS, torchrun
+from conftest import TIMES, TTS, VAE, rows, torchrun
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -29,25 +28,6 @@ from train_tts import MicroBatches, Utterances
 from train_vae import Crops, Discriminators
 
 
-def rows(folder):
-    return list(csv.DictReader(open(folder / "log.csv", encoding="utf-8")))
-
-
-def flags(base, **changes):
-    """A list of flags (pairs, and a last one alone) with some values replaced or added."""
-    merged = dict(zip(base[::2], base[1::2])) | {"--" + k.replace("_", "-"): str(v) for k, v in changes.items()}
-    return [*(x for pair in merged.items() for x in pair), base[-1]]
-
-
-def VAE(world, out, **changes):
-    return ["--data", str(world.data), "--out", str(out), *flags(VAE_FLAGS, **changes)]
-
-
-def TTS(world, out, **changes):
-    return ["--data", str(world.data), "--out", str(out), "--asr", "none", *flags(TTS_FLAGS, **changes)]
-
-
-TIMES = {"seconds", "audio"}  # columns that no two runs share
 EARLY = dict(encoder_steps=2, encoder_batch_seconds=2.4)  # 6 crops, where the decoder's steps have 4
 
 
@@ -68,26 +48,24 @@ def test_resumed_training_equals_straight_training(train, args, changes, more, d
     once, though the checkpoint lies between two of its lines."""
     changes = changes | dict(steps=4, eval_every=2, log_every=1 if bf16 == "--bf16" else 3)
     train.main(args(world, tmp_path / "straight", **changes) + [bf16, *more])
-    # A run that stops after step 3 (or 2), with its last checkpoint at step 2: what a crash leaves.
+    # A run that dies while it saves step 4 (or 3, where the encoder's steps end), its last state that of step 2.
     real = prepare.write_atomic
     with pytest.MonkeyPatch.context() as patch:
         seen = []
 
-        def dies_at_the_second_checkpoint(path, write):
+        def dies_while_it_saves(path, write):
             if path.name == "state.pt" and seen.append(path) is None and len(seen) == dies_at:
                 raise KeyboardInterrupt
             real(path, write)
 
-        patch.setattr(prepare, "write_atomic", dies_at_the_second_checkpoint)
+        patch.setattr(prepare, "write_atomic", dies_while_it_saves)
         with pytest.raises(KeyboardInterrupt):
             train.main(args(world, tmp_path / "broken", **changes) + [bf16, *more])
     assert torch.load(tmp_path / "broken" / "state.pt", weights_only=True)["step"] == 2
     train.main(["--resume", "--out", str(tmp_path / "broken")])
-    for name in ("model.safetensors",):
-        a, b = (load_file(tmp_path / run / name) for run in ("straight", "broken"))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("straight", "broken"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     a, b = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("straight", "broken"))
-
     a, b = ([x for x in tree_leaves(state) if torch.is_tensor(x)] for state in (a, b))
     assert len(a) > 100 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -182,7 +160,8 @@ def test_on_a_gpu_everything_is_on_the_gpu_and_losses_are_float32(monkeypatch):
         with autocast():
             told, *_ = first(wave, torch.zeros(2, 24, 32, device=device), torch.zeros(2, 30, 96, device=device))
         losses |= {f"told {name}": value for name, value in told.items()}
-        dit, x = move(dit), torch.zeros(2, 40, dit.config.latent_dim, device=device)
+        dit = move(dit)
+        x = torch.zeros(2, 40, dit.config.latent_dim, device=device)
         text = torch.zeros(2, 20, dtype=torch.long, device=device)
         lengths = torch.full((2,), 40, device=device)
         no = torch.zeros(2, dtype=torch.bool, device=device)
@@ -267,12 +246,10 @@ def test_crops_are_a_pure_function_of_their_number_and_stay_inside_the_clip(worl
     # The crop's features are those of the same moments: its place in the clip, found by its audio.
     clip = a.clips[a.order(0)[5]]
     whole = data.get("audio", clip)
-    start = None
-    for start in range(0, len(whole) - 8000 + 1, 1600):
-        if torch.equal(whole[start : start + 8000], a[5]["wave"]):
-            break
+    crop = a[5]
+    start = next(k for k in range(0, len(whole) - 7999, 1600) if torch.equal(whole[k : k + 8000], crop["wave"]))
     features = data.get("ssl", clip)[start // 320 : start // 320 + 25]
-    assert torch.equal(a[5]["features"][: len(features)], features)
+    assert torch.equal(crop["features"][: len(features)], features)
     long = Crops(data, config, 5.0, 3, data.meta["ssl"])[0]  # longer than the clip: silence behind it, marked as such
     assert not long["wave"][long["valid"].sum() * 400 :].any() and 30 < long["valid"].sum() < 100
 
@@ -513,26 +490,17 @@ def test_a_poisoned_clip_is_left_out_and_counted(train, args, array, world, tmp_
     settings = dict(data=data, adv_weight=0, micro_batch=1) if train is train_vae else dict(data=data, batch_seconds=3)
     train.main(args(world, tmp_path / "run", steps=8, eval_every=8, log_every=4, **settings))
     first, *others = rows(tmp_path / "run")
-    means = dict(zip((1, 4, 8), (float(r["skipped"]) for r in (first, *others)), strict=True))  # of 1, 3 and 4 steps
+    shares = [float(r["skipped"]) for r in (first, *others)]  # of 1, 3 and 4 steps
     if train is train_vae:
-        crops = Crops(
-            Data(data, ("audio", "ssl")), SemanticVAE.from_pretrained(tmp_path / "run").config, 0.4, 0,
-            stored.meta["ssl"],
-        )
-        met = [
-            poisoned
-            in [
-                crops.clips[crops.order(k // len(crops.clips))[k % len(crops.clips)]]
-                for k in range(4 * step, 4 * step + 4)
-            ]
-            for step in range(8)
-        ]
+        config = SemanticVAE.from_pretrained(tmp_path / "run").config
+        crops = Crops(Data(data, ("audio", "ssl")), config, 0.4, 0, stored.meta["ssl"])
+        order = [crops.clips[i] for epoch in range(6) for i in crops.order(epoch)]
+        met = [poisoned in order[4 * step : 4 * step + 4] for step in range(8)]
     else:
         examples = Utterances(Data(data, ("latents", "starts")), "train", 3, 1, 0)
         met = [any(poisoned in run for run in examples.step(step)) for step in range(8)]
-    assert 0 < sum(met) < 8 and list(means.values()) == pytest.approx(
-        [float(met[0]), np.mean(met[1:4]), np.mean(met[4:])], abs=1e-3
-    )
+    assert 0 < sum(met) < 8
+    assert shares == pytest.approx([float(met[0]), np.mean(met[1:4]), np.mean(met[4:])], abs=1e-3)
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     moments = [v for entry in state["optimizer"]["state"].values() for v in entry.values()]
     assert all(torch.isfinite(v).all() for v in [*load_file(tmp_path / "run" / "model.safetensors").values(), *moments])
@@ -716,7 +684,7 @@ def test_compiles_whole_and_once(part, world, tmp_path, monkeypatch, capsys):
 
 
 def test_paper_presets_take_a_step(world, tmp_path):
-    """The full-size networks and discriminators, one update on a tiny batch."""
+    """The full-size networks, one update on a tiny batch; the full-size discriminators, by their number of weights."""
     train_vae.main(
         VAE(
             world, tmp_path / "vae", preset="paper", device="cpu", batch_seconds=0.2, crop=0.2, steps=1, eval_every=1,

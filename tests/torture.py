@@ -10,7 +10,6 @@ Not a test: pytest does not collect it (some seven minutes). Prints what was tri
 lost."""
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -27,7 +26,7 @@ import soundfile as sf
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-from conftest import RATE, TTS_FLAGS, VAE_FLAGS, World, tone
+from conftest import RATE, TIMES, TTS_FLAGS, VAE_FLAGS, World, flags, rows, tone
 
 import evaluate
 import prepare
@@ -72,11 +71,7 @@ def wait(pid: int, log: Path) -> None:
 
 
 def without_seconds(folder: Path) -> list:
-    wall = ("seconds", "audio", "memory", "mfu")  # differ from run to run
-    return [
-        {k: v for k, v in row.items() if k not in wall}
-        for row in csv.DictReader(open(folder / "log.csv", encoding="utf-8"))
-    ]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(folder)]
 
 
 def trained(kind):
@@ -96,10 +91,8 @@ def trained(kind):
 
 def prepared_loads(out: Path, final: Path) -> None:
     if (out / "meta.json").exists():
-        prepare.Data(
-            out,
-            tuple(name for name in ("audio", "ssl", "latents") if name in json.loads((out / "meta.json").read_text())),
-        )
+        there = {name.partition("-")[0] for name in json.loads((out / "meta.json").read_text())}
+        prepare.Data(out, tuple({"audio", "ssl", "latents"} & there))
 
 
 def prepared(out: Path):
@@ -114,9 +107,8 @@ def waves_are_whole(out: Path, final: Path) -> None:
 
 
 def scores_are_whole(out: Path, final: Path) -> None:
-    assert not (out / "s.csv").exists() or (out / "s.csv").read_bytes() == (final / "s.csv").read_bytes(), (
-        "scores differ"
-    )
+    table = out / "s.csv"
+    assert not table.exists() or table.read_bytes() == (final / "s.csv").read_bytes(), "scores differ"
 
 
 def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
@@ -128,13 +120,7 @@ def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
     for name in ("corpus", "ssl", "sv", "data", "vae", "tts"):
         setattr(world, name, root / name)
 
-    def long(flags, **more):
-        return [
-            *(x for pair in (dict(zip(flags[::2], flags[1::2])) | more).items() for x in pair),
-            flags[-1],
-        ]
-
-    steps = {"--steps": "10", "--eval-every": "2", "--log-every": "1"}
+    long = dict(steps=10, eval_every=2, log_every=1)
     lines = [
         f"audio/{a}.wav\t1\tone small bird sang\taudio/{b}.wav\t1\tby the river"
         for a, b in ((i % 5, i) for i in range(9))
@@ -146,10 +132,10 @@ def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
             prepare, [str(world.corpus), "--ssl", str(world.ssl), "--text", "plain", "--vae", str(world.vae)], "",
             prepared_loads, prepared,
         ),
-        "train_vae": (train_vae, ["--data", str(world.data), *long(VAE_FLAGS, **steps)], "", *trained(SemanticVAE)),
+        "train_vae": (train_vae, ["--data", str(world.data), *flags(VAE_FLAGS, **long)], "", *trained(SemanticVAE)),
         "train_tts": (
             train_tts,
-            ["--data", str(world.data), "--asr", "none", *long(TTS_FLAGS, **steps)],
+            ["--data", str(world.data), "--asr", "none", *flags(TTS_FLAGS, **long)],
             "",
             *trained(DiT),
         ),
@@ -166,17 +152,15 @@ def kill(root: Path, rng: random.Random, kills: int = 14) -> int:
         ),
     }
     lost = 0
-    for name, (script, flags, file, loads, result) in commands.items():
+    for name, (script, given, file, loads, result) in commands.items():
 
         def run(out):
-            resume = script in (train_vae, train_tts) and (out / "state.pt").exists()
-            # killed between the first weights and their state: refused
-            if not resume and (out / "model.safetensors").exists():
+            command = [*given, "--out", str(out / file)]
+            if script in (train_vae, train_tts) and (out / "state.pt").exists():
+                command = ["--resume", "--out", str(out)]
+            elif (out / "model.safetensors").exists():  # killed between the first weights and their state: refused
                 shutil.rmtree(out)
-            return fork(
-                lambda: script.main(["--resume", "--out", str(out)] if resume else [*flags, "--out", str(out / file)]),
-                log,
-            )
+            return fork(lambda: script.main(command), log)
 
         straight = root / f"straight-{name}"
         broken = root / f"broken-{name}"
@@ -262,11 +246,11 @@ def audio_files(root: Path):
 
 
 def manifests(root: Path):
-    rows = range(9)
+    nine = range(9)
     tables = {
-        "manifest.csv": ["audio|speaker|text|split", *(f"audio/{i}.wav|s{i}|one small bird {i}|train" for i in rows)],
-        "hub/metadata.csv": ["file_name,transcription", *(f'{i}.wav,"one small bird, {i}"' for i in rows)],
-        "coqui/metadata.csv": ["audio_file|text|speaker_name", *(f"{i}.wav|one small bird {i}|ann" for i in rows)],
+        "manifest.csv": ["audio|speaker|text|split", *(f"audio/{i}.wav|s{i}|one small bird {i}|train" for i in nine)],
+        "hub/metadata.csv": ["file_name,transcription", *(f'{i}.wav,"one small bird, {i}"' for i in nine)],
+        "coqui/metadata.csv": ["audio_file|text|speaker_name", *(f"{i}.wav|one small bird {i}|ann" for i in nine)],
         "lj/metadata.csv": [f"LJ{i}|One small bird {i}.|one small bird {i}" for i in rows],
         "voices/metadata.csv": [f"LJ{i}|One small bird {i}.|p{i}" for i in rows],
     }
