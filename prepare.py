@@ -82,7 +82,7 @@ def normalize_text(text: str, mode: str) -> str:
     text = unicodedata.normalize("NFC", text).replace("’", "'")
     text = "".join(c for c in text if unicodedata.category(c) != "Cf" or c in JOINERS)
     if mode == "plain":
-        text = "".join(c if unicodedata.category(c)[0] in "LMN" or c == "'" else " " for c in text.lower())
+        text = "".join(c if unicodedata.category(c)[0] in "LMN" or c in "'" + JOINERS else " " for c in text.lower())
         text = " ".join(word.strip("'") for word in text.split())
     return " ".join(text.split())
 
@@ -102,8 +102,11 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
     try:
         with sf.SoundFile(path) as f:
             source_rate = f.samplerate
-            while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):  # all there is
+            while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(1))
+            read = sum(map(len, blocks))
+            if read < 0.95 * f.frames < 1 << 40:  # an MP3; an estimate, of unknown length 2^63
+                raise ValueError(f"it has {read} of {f.frames} samples, copy it anew")
             cut = re.search(r"^data : (\d+) \(should be (\d+)", f.extra_info, re.M)  # a WAV's header, and the file
             if cut and int(cut[2]) < int(cut[1]) < 1 << 31:  # a stream's header says 4 GB
                 raise ValueError(f"it has {cut[2]} of {cut[1]} bytes, copy it anew")
@@ -486,7 +489,10 @@ def from_manifest(path: Path):
     if len(set(names)) < len(names):
         raise InputError(f"{path} has two columns of one meaning: its first line is {header!r}")
     for n, line in rows:
-        values = columns(line, mark)
+        try:
+            values = columns(line, mark)
+        except csv.Error as e:
+            raise InputError(f"{path}, line {n}: {e}") from e
         if len(values) != len(names):
             raise InputError(f"{path}, line {n}: found {len(values)} columns, expected {len(names)}")
         row = {name: value.strip() for name, value in zip(names, values)}
@@ -563,7 +569,7 @@ def list_clips(source: Path, alone: bool = True) -> list[tuple]:
         clips = sorted(read(source))
         "".join(name + speaker for name, _, speaker, _, _ in clips).encode()
     except (OSError, UnicodeError, csv.Error) as e:
-        raise InputError(f"cannot read the transcripts of {source}, or one, or a file's name, is not UTF-8: {e}") from e
+        raise InputError(f"cannot read the transcripts of {source}: {e}") from e
     if not clips:
         raise InputError(f"{source} lists no clips")
     for name, _, speaker, _, _ in clips:  # which the index could not hold
@@ -578,24 +584,22 @@ def download(subsets: str, root: Path = Path("downloads")) -> list[Path]:
     folders = []
     partial = root / WORK
     held = lock(partial)  # until this function ends
-    datasets = {
-        "libritts": ("LibriTTS", torchaudio.datasets.LIBRITTS),
-        "librispeech": ("LibriSpeech", torchaudio.datasets.LIBRISPEECH),
-    }
+    datasets = dict(libritts="LibriTTS", librispeech="LibriSpeech")
     for name in subsets.split(","):
         corpus, _, subset = name.rpartition(":")
         if corpus not in ("", *datasets):
             raise InputError(f"cannot download {name}: expected {' or '.join(datasets)} before the colon")
-        inside, dataset = datasets[corpus or "libritts"]
+        inside = datasets[corpus or "libritts"]
         folder = root / inside / subset
         if not folder.is_dir():
             shutil.rmtree(partial / inside / subset, ignore_errors=True)  # torchaudio would take half for the whole
             try:
-                dataset(partial, url=subset, download=True)
+                getattr(torchaudio.datasets, inside.upper())(partial, url=subset, download=True)
             except Exception as e:  # torchaudio raises what urllib, tarfile and its own checks raise
                 raise InputError(f"cannot download {name}: {e}") from e
             folder.parent.mkdir(exist_ok=True)
             os.replace(partial / inside / subset, folder)
+            (partial / f"{subset}.tar.gz").unlink(missing_ok=True)
         folders.append(folder)
     return folders
 
@@ -832,16 +836,16 @@ def start_ranks(wanted: str | None = None, patience: datetime.timedelta = PREPAR
     of the speed, a run would look as if all were well."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or wanted == "cpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or wanted == "cpu"
     usable = torch.cuda.is_available()
     if wanted == "cuda" and not usable:
         raise InputError("--device cuda: torch finds no GPU that it can use")
     if not hidden and not usable and NVIDIA_DRIVER.exists():
         driver = NVIDIA_DRIVER.read_text(encoding="utf-8").splitlines()[0]
-        raise InputError(f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use; its CUDA "
-                         f"{torch.version.cuda} needs driver 580 or later, found: {driver}: update it, install torch "
-                         "from a wheel index for an older CUDA, or use the CPU with CUDA_VISIBLE_DEVICES= before the "
-                         "command (trainings: --device cpu)")
+        raise InputError(f"torch {torch.__version__}, made for CUDA {torch.version.cuda} (13 needs driver 580), cannot "
+                         f"use this machine's NVIDIA GPU; its driver: {driver}: update it, install torch from the "
+                         "wheel index for its CUDA, or use the CPU with CUDA_VISIBLE_DEVICES= before the command "
+                         "(trainings: --device cpu)")
     device = torch.device("cuda", local) if usable and not hidden else torch.device("cpu")
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -849,6 +853,7 @@ def start_ranks(wanted: str | None = None, patience: datetime.timedelta = PREPAR
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length; flash attention does not
     torch.set_float32_matmul_precision("highest")  # what is not in bfloat16 is float32 in full: STFTs, losses, scores
+    torch.backends.cudnn.allow_tf32 = False
     if sys.platform == "linux":  # loader processes share the mapped arrays; started afresh, each would get a copy
         multiprocessing.set_start_method("fork", force=True)
     if world > 1 and not dist.is_initialized():
@@ -863,9 +868,11 @@ def barrier():
 
 
 def has_bfloat16() -> bool:
-    """Whether matrix products are faster in bfloat16: on GPUs, and on CPUs with instructions for it."""
+    """Whether matrix products are faster in bfloat16: on GPUs and CPUs with instructions for it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    return torch.cuda.is_available() or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def unbroken(stream) -> None:
@@ -1048,7 +1055,7 @@ class Run:
         self.group = dist.new_group(backend="gloo", timeout=TRAINING) if world > 1 else None  # CPUs agree on signals
         self.signal = 0
         for number in STOPS:
-            if number != getattr(signal, "SIGHUP", 0) or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            if number != getattr(signal, "SIGHUP", 0) or signal.getsignal(number) != signal.SIG_IGN:  # by nohup
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
@@ -1179,9 +1186,10 @@ class Run:
         where --resume --out OUT/step0005000 goes on."""
         args = self.args
         begun = time.time()
+        keep = args.keep if self.evaluating else 0  # a signal's checkpoint replaces no other
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= dict(step=done, kept=self.kept, seconds=time.time() - self.start)
-        folders = [args.out, args.out / f"step{done:07d}"] if args.keep else [args.out]
+        folders = [args.out, args.out / f"step{done:07d}"] if keep else [args.out]
         for folder in folders:
             notes = self.notes | dict(step=done)
             vae = notes.get("vae", "")
@@ -1189,9 +1197,9 @@ class Run:
                 notes["vae"] = os.path.join("..", vae)
             self.ema.save_pretrained(folder, **notes)
             write_atomic(folder / "state.pt", lambda p: torch.save(state, p))
-        for name in ("args.json", "log.csv") if args.keep else ():
+        for name in ("args.json", "log.csv") if keep else ():
             shutil.copyfile(args.out / name, folder / name)
-        for old in sorted(args.out.glob("step" + 7 * "[0-9]"))[: -args.keep] if args.keep else ():
+        for old in sorted(args.out.glob("step" + 7 * "[0-9]"))[:-keep] if keep else ():
             shutil.rmtree(old, ignore_errors=True)
         self.pace_start += time.time() - begun
 
@@ -1206,6 +1214,10 @@ def load_batches(dataset, sampler, args, device, collate=None):
     """The batches of a sampler, loaded ahead by --workers processes."""
     options = dict(num_workers=args.workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
     return iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
+
+
+def moved(batch: dict, device) -> dict:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def forward_flops(module: nn.Module, *example, **named) -> int:
@@ -1254,13 +1266,11 @@ def one_sum(module: nn.Module, last: bool):
     return contextlib.nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 
-def distributed(module: nn.Module, device, world: int):
+def distributed(module: nn.Module, world: int):
     """The module with its gradients averaged over the ranks."""
     if world == 1:
         return module
-    ids = [device.index] if device.type == "cuda" else None
-    options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, **options)
+    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, parameters, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1326,12 +1336,11 @@ def main(argv=None):
     rank, world, device = start_ranks()
     out = args.out
     held = lock(out) if rank == 0 else None
-    if args.download:  # once, and then once on every node that shares no disk with the first
-        for turn in (rank == 0, rank > 0 and os.environ.get("LOCAL_RANK") == "0"):
-            if turn:
-                download(args.download)
+    if args.download:  # the first rank fetches; others find it, or fetch it to their own node's disk
+        for turn in range(world):
+            if turn == rank:
+                args.source += download(args.download)
             barrier()
-        args.source += download(args.download)
     if args.source:
         clips = [clip for source in args.source for clip in list_clips(source, alone=len(args.source) == 1)]
         check_source(args, clips)
@@ -1357,6 +1366,8 @@ def main(argv=None):
     if args.ssl != "none":
         args.layer = -1 if args.layer is None else args.layer
         fill_ssl(args, rank, world, device)
+    elif args.layer is not None:
+        raise InputError(f"{out} was begun with --ssl none, which has no --layer: drop it")
     if args.aligner:
         fill_starts(args, rank, world, device)
     if args.vae:

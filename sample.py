@@ -142,8 +142,7 @@ def synthesize(dit, vae, requests, steps=32, cfg=2.0, speed=1.0, seed=0, batch_s
             wave = wave[(len(prompts[i]) - first) * config.hop :]
             if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
                 what = "silence" if np.isfinite(wave).all() else "non-finite audio"
-                raise InputError(f"the model made {what} of {requests[i].text!r}: nothing written; try another "
-                                 "--seed, or train longer")
+                raise InputError(f"the model made {what} of {requests[i].text!r}: try another --seed, or train longer")
             results[i] = wave / np.float32(gains[i])
     return results
 
@@ -255,14 +254,13 @@ def warn_of_unknown(texts: list[str], notes: dict, config: DiTConfig) -> None:
     lost = " ".join(sorted(signs))
     if lost:
         print(f"the model was taught no signs: {lost} will not be said; write words for them")
+    unknown = sorted(set(found) - set(notes.get("characters", found)))
+    why = "the training texts had no {}: what the model says there is a guess"
     if config.vocabulary:
         unknown = [c for c in found if c != " " and to_symbols(c, config.vocabulary)[-1] == 0]
-    else:
-        unknown = sorted(set(found) - set(notes.get("characters", found)))
-    if unknown and config.vocabulary:
-        print(f"the vocabulary has no {' '.join(unknown)}: the model reads a space there")
-    elif unknown:
-        print(f"the training texts had no {' '.join(unknown)}: what the model says there is a guess")
+        why = "the vocabulary has no {}: the model reads a space there"
+    if unknown:
+        print(why.format(" ".join(unknown)))
 
 
 def make_requests(args, dit: DiT, device) -> list[Request]:
@@ -298,9 +296,8 @@ def make_requests(args, dit: DiT, device) -> list[Request]:
             break
         room = int(room * max(0.5, 0.99 * (most - frames) / (longest - frames)))
         requests = [Request(wave, ref_text, piece) for piece in split_text(text, max(1, room))]
-    least = [len(f"{ref_text} {r.text}".encode()) + 1 for r in requests]
-    slow = sum(plan(dit, frames, r, args.speed)[0] == n for r, n in zip(requests, least)) if not args.duration else 0
-    if slow:
+    slow = sum(total == len(starts) + 1 for total, starts in (plan(dit, frames, r, args.speed) for r in requests))
+    if slow and not args.duration:
         print(f"{slow} of {len(requests)} pieces have more bytes than frames at this pace: they are drawn out")
     return requests
 
@@ -310,8 +307,10 @@ def say(args, dit, vae, generate, notes, device) -> None:
     rate = dit.config.sample_rate
     requests = make_requests(args, dit, device)
     warn_of_unknown([args.text, args.ref_text or ""], notes, dit.config)
-    asr = Recognizer(args.asr, device, args.language) if args.takes > 1 else None
     text = " ".join(request.text for request in requests)
+    asr = Recognizer(args.asr, device, args.language) if args.takes > 1 else None
+    if asr:
+        asr.warn([text])
     start = time.time()
     takes = []
     for take in range(args.takes):
@@ -320,7 +319,7 @@ def say(args, dit, vae, generate, notes, device) -> None:
             short = len(requests) <= args.batch_size
             for i in trange(0, len(requests), args.batch_size, desc="batches", disable=short):
                 waves += generate(dit, vae, requests[i : i + args.batch_size], seed=args.seed + take)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, InputError):
             if takes:
                 print(f"{args.out}: the best of {len(takes)} takes")
             elif waves:

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from evaluate import Recognizer, error_rates, normalize
+from evaluate import Recognizer, error_rates
 from model import (PRESETS, DiT, DiTConfig, InputError, SemanticVAE, at_rate, conv_head, duration_loss,
                    flow_matching_loss, masked_mean)  # fmt: skip
 from prepare import (DEMO, DRAWS, ORDER, TRAINING, Data, Run, at_least, check_run, cli, clipped_step, compiled,
-                     distributed, forward_flops, has_bfloat16, load_batches, one_sum, read_args, start_ranks, switch,
-                     update_ema, write_wave)  # fmt: skip
+                     distributed, forward_flops, has_bfloat16, load_batches, moved, one_sum, read_args, start_ranks,
+                     switch, update_ema, write_wave)  # fmt: skip
 from sample import Request, synthesize, to_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,16 +231,16 @@ class Objective(nn.Module):
         self.hidden = hidden
 
     def forward(self, x, noise, t, span, text, lengths, drop_prompt, drop_text, starts=None, features=None):
-        """A batch → the losses [3] (flow matching, durations, hidden alignment) as sums over the span's frames, and
-        their number. An utterance weighs by its span's frames: ranks and micro-batches change HiddenAlignment alone."""
+        """A batch → the losses [3] (flow matching, durations, hidden alignment) as sums over the span's frames. An
+        utterance weighs by its span's frames: ranks and micro-batches change HiddenAlignment alone."""
         read = self.hidden.blocks if self.hidden else ()
         batch = (x, noise, t, span, text, lengths, drop_prompt, drop_text, starts)
-        error, frames, *states = flow_matching_loss(self.dit, *batch, read)
+        error, _, *states = flow_matching_loss(self.dit, *batch, read)
         zeros = torch.zeros(len(x), device=x.device)  # [B]
         durations = duration_loss(self.dit.durations(text), text, starts, lengths) if starts is not None else zeros
         hidden = self.hidden(*states, text, lengths, features) if self.hidden else zeros
         share = span.sum(1)  # [B]
-        return torch.stack([error, (durations * share).sum(), (hidden * share).sum()]), frames
+        return torch.stack([error, (durations * share).sum(), (hidden * share).sum()])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,9 +267,7 @@ def main(argv=None):
     parameters = list(objective.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, fused=True)
     ema = copy.deepcopy(dit).eval().requires_grad_(False)
-    modules = dict(dit=dit, optimizer=optimizer)
-    if hidden:
-        modules["hidden"] = hidden
+    modules = dict(dit=dit, optimizer=optimizer) | (dict(hidden=hidden) if hidden else {})
 
     # ---- the run, its batches and its evaluation
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
@@ -290,18 +288,18 @@ def main(argv=None):
     loader = load_batches(train, keys, args, device, collate)
     asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
     requests = fixed_requests(data, args.eval_sentences)
-    known = (DEMO / "corpus" / "manifest.csv").read_text(encoding="utf-8")
-    if asr and asr.demo and any(word not in known for r in requests for word in normalize(r.text).split()):
-        print("cer and wer mean nothing: the demo's recogniser knows 150 words; name another with --asr")
+    seconds = train.length(train.clips) / train.rate / train.groups  # of speech in a step, on average
+    if asr:
+        asr.warn([request.text for request in requests])
     if rank == 0:
         count = sum(p.numel() for p in dit.parameters()) / 1e6
         print(f"{device}, {world} rank(s); DiT {count:.2f} M parameters; {len(train.clips)} clips, "
-              f"{data.meta['hours']} h; about {args.batch_seconds} s a step, {train.groups} steps an epoch")
+              f"{data.meta['hours']} h; about {seconds:.0f} s a step, {train.groups} steps an epoch")
 
     # ---- compiled and distributed views of the same weights; checkpoints and evaluation use the plain ones
     with autocast():
         objective = compiled(objective, args.compile, parts=dit.transformer_blocks, **example)
-    objective = distributed(objective, device, world)
+    objective = distributed(objective, world)
 
     for step in run.steps():
         # ---- linear warm-up, then linear decay to 0: pure functions of the step
@@ -320,7 +318,7 @@ def main(argv=None):
         for i, batch in enumerate(batches):
             with one_sum(objective, i == len(batches) - 1):
                 with autocast():
-                    sums, _ = objective(**batch)
+                    sums = objective(**batch)
                 part = sums * world / frames  # DDP averages over ranks: undo that
                 part.sum().backward()
             losses += part.detach()
@@ -328,7 +326,7 @@ def main(argv=None):
         update_ema(ema, dit, args.ema, step)
         loss, durations, hidden_loss = losses
         run.note(loss=loss, durations=durations, hidden=hidden_loss, grad=norm, skipped=skipped, lr=rate)
-        run.audio += args.batch_seconds
+        run.audio += seconds
         if run.evaluating:
             run.score(evaluate, run, ema, vae, valid, asr, requests, step + 1)
 
@@ -385,10 +383,6 @@ def fixed_requests(data: Data, count: int) -> list[Request]:
     return requests
 
 
-def moved(batch: dict, device) -> dict:
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
 def open_data(args) -> tuple[DiT | None, Data, dict]:
     """The DiT to go on from, if any; the data with the arrays needed; what a resumed run must find unchanged."""
     source = args.out if args.resume else args.init  # a run that goes on no longer needs what it began with
@@ -409,6 +403,8 @@ def open_data(args) -> tuple[DiT | None, Data, dict]:
     data = Data(args.data, [name for name, needed in need.items() if needed], vae_hash)
     latents = data.meta["latents"]
     statistics = zlib.crc32(json.dumps([latents["mean"], latents["std"]]).encode())
+    if dit and dit.config.vae_hash == latents["vae_hash"]:  # fine-tuned in the scale that it knows
+        latents |= dict(mean=dit.latent_mean.tolist(), std=dit.latent_std.tolist())
     aligner = data.meta["starts"]["revision"] if place == "aligned" else None
     teacher = data.meta["ssl"] if args.align_hidden else None
     facts = dict(latents=latents["vae_hash"], statistics=statistics, placement=place, aligner=aligner, teacher=teacher)

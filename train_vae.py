@@ -27,8 +27,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from model import (PRESETS, InputError, LogMel, MelDistance, SemanticVAE, VAEConfig, Vocos, at_rate, conv_head,
                    kl_loss, load_torch, local_folder, rebuild, stft, stft_distance)  # fmt: skip
 from prepare import (DRAWS, ORDER, TRAINING, Data, Run, at_least, check_run, cli, clipped_step, compiled, distributed,
-                     forward_flops, frame_count, load_batches, one_sum, read_args, repeat_last, start_ranks, switch,
-                     update_ema, write_wave)  # fmt: skip
+                     forward_flops, frame_count, load_batches, moved, one_sum, read_args, repeat_last, start_ranks,
+                     switch, update_ema, write_wave)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: crop k of the whole training is a pure function of (seed, k), whatever the ranks, workers and resumptions.
@@ -284,7 +284,7 @@ def main(argv=None):
     if early >= args.steps:
         raise InputError(f"--steps {args.steps} ends within --encoder-steps {early}: the decoder would learn nothing")
     reader = LatentReader(vae.config, ssl["dim"] if with_ssl and args.teacher_weight else 0).to(device)
-    if early and with_ssl and args.teacher_weight:
+    if early and len(reader.mean):
         features = torch.cat([crops[k]["features"] for k in range(64)])
         reader.mean.copy_(features.mean(0))
         reader.std.copy_(features.std(0).clamp(min=1e-3))
@@ -342,12 +342,12 @@ def main(argv=None):
                     p.data.copy_(averaged)
         with autocast():
             network = compiled(EncoderFirst(vae, reader) if step < early else vae, args.compile, *example(step))
-        return distributed(network, device, world)
+        return distributed(network, world)
 
     with autocast():
         compile_d = args.compile and device.type == "cuda" and args.adv_weight > 0
-        fast_d = compiled(discriminators, compile_d, example(args.steps)[0])
-    ddp_d = distributed(fast_d, device, world)
+        fast_d = compiled(discriminators, compile_d, example(args.steps)[0].repeat(2, 1))  # real and fake
+    ddp_d = distributed(fast_d, world)
     network = network_from(run.first)
     mel = MelDistance(data.rate).to(device)
     clips = data.spread("valid", args.eval_clips)
@@ -365,10 +365,9 @@ def main(argv=None):
             rate = args.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / early))
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = rate
-        optimizer.param_groups[1]["lr"] = rate if step < early else rate * args.encoder_lr
+        optimizer.param_groups[1]["lr"] = rate * args.encoder_lr
         adversarial = args.adv_weight > 0 and step >= max(args.adv_start, early)
-        batches = [next(loader) for _ in numbers.parts(step)]
-        batches = [{name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches]
+        batches = [moved(next(loader), device) for _ in numbers.parts(step)]
         # One micro-batch: its forward pass serves both updates. Several: fakes are made first, without a graph.
         outputs = [forward(network, batches[0], aligns(step))] if len(batches) == 1 else None
 
@@ -411,7 +410,7 @@ def main(argv=None):
         discriminators.requires_grad_(True)
         norm, skipped_too = clipped_step(optimizer, [*vae.parameters(), *reader.parameters()], MAX_NORM)
         run.note(grad=norm, skipped=torch.maximum(skipped, skipped_too), lr=rate)
-        update_ema(ema, vae, args.ema, step)
+        update_ema(ema, vae, args.ema, step if step < early else step - early)  # the decoder's average begins anew
         run.audio += seconds * (per_early_step if step < early else per_step)
         if run.evaluating:
             run.score(evaluate, ema, reader if step < early else None, data, clips, mel, args.out / "samples", step + 1)
@@ -511,7 +510,7 @@ def parse_args(argv=None):
     flag("--teacher-weight", type=weight, default=15, help="of SSL features in those; 0: log-mels alone")
     flag("--unit-latents", **switch(False), help="begin with informative latents: see unit_latents()")
     flag("--eval-clips", type=at_least(1), default=16, help="validation clips (default %(default)s)")
-    return read_args(parser, "train_vae", argv, torch.cuda.is_available())
+    return read_args(parser, "train_vae", argv, torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 if __name__ == "__main__":

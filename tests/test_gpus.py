@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TTS, VAE, rows
+from conftest import ROOT, TTS, VAE, rows, torchrun
 from safetensors.torch import load_file
 from test_faults import ONE, RANKS, ended, start
 
@@ -163,11 +163,15 @@ def test_a_gpu_that_cannot_be_used_is_said(tmp_path, monkeypatch, fails, world):
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.1\n")
     monkeypatch.setattr(prepare, "NVIDIA_DRIVER", driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    fails(train_vae.main, VAE(world, tmp_path / "run"), "cannot use", "driver 580 or later", "535.1", "--device cpu")
+    fails(train_vae.main, VAE(world, tmp_path / "run"), "cannot use", "(13 needs driver 580)", "535.1", "--device cpu")
     train_vae.main([*VAE(world, tmp_path / "run"), "--device", "cpu"])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for hidden in ("-1", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert prepare.start_ranks()[2].type == "cpu" and not torch.backends.cudnn.allow_tf32
     fails(train_tts.main, [*TTS(world, tmp_path / "tts"), "--device", "cuda"], "finds no GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert not prepare.has_bfloat16()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -258,9 +262,17 @@ def test_downloads_happen_once_a_node(shared, world, tmp_path, monkeypatch):
         monkeypatch.setattr(prepare, "list_clips", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare.main(["--download", "x", "--out", str(tmp_path / "data"), "--ssl", "none"])
-    first = ["fetch", "barrier", "barrier", "fetch"]
-    second = ["barrier", "fetch", "barrier", "fetch"]
+    first = ["fetch", "barrier", "barrier"]
+    second = ["barrier", "fetch", "barrier"]
     assert calls == first + second and len(fetched) == (1 if shared else 2)
+
+
+def test_ranks_download_one_after_the_other(world, tmp_path, monkeypatch):
+    """What is there already is found by every rank."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world.corpus, tmp_path / "downloads" / "LibriTTS" / "dev-clean")
+    said = torchrun("prepare.py", "--download", "dev-clean", "--out", tmp_path / "data", "--ssl", "none")
+    assert "9 clips" in said
 
 
 def test_what_all_ranks_find_is_said_once(tmp_path):
@@ -269,7 +281,8 @@ def test_what_all_ranks_find_is_said_once(tmp_path):
     assert code != 0 and error.count("error: ") == 1, error[-2000:]
 
 
-def test_the_log_tells_pace(world, tmp_path):
+def test_the_log_tells_pace(world, tmp_path, capsys):
     train_tts.main(TTS(world, tmp_path))
+    assert "about 8 s a step, 1 steps an epoch" in capsys.readouterr().out  # of the speech there is, not of 6 s
     assert all(float(r["audio"]) > 0 and r["memory"] == r["mfu"] == "" for r in rows(tmp_path))
     assert list(csv.reader(open(tmp_path / "log.csv")))[0][-4:] == ["seconds", "audio", "memory", "mfu"]

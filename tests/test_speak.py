@@ -385,7 +385,7 @@ def test_interrupted_scoring_goes_on(world, tmp_path, monkeypatch):
         run("again.csv")
     (records,) = (tmp_path / "again.csv.work").glob("*-0.jsonl")
     with open(records, "a") as f:
-        f.write('\n["cut off')
+        f.write('\n{"system": "cut off')
     run("again.csv", "--limit", 1)  # another table of that name
     assert records.exists()
     run("again.csv")
