@@ -368,7 +368,8 @@ def test_two_corpora_in_a_folder_are_refused(tmp_path, fails):
 
 def test_invisible_characters_and_other_compositions_change_nothing():
     assert prepare.normalize_text("syn\u00adthesis to\u200bday \ufeffcafe\u0301", "raw") == "synthesis today café"
-    assert all(prepare.normalize_text("نمی\u200cدانم", mode) == "نمی\u200cدانم" for mode in ("raw", "plain"))  # spelling
+    joined = "نمی\u200cدانم"  # a joiner is spelling
+    assert prepare.normalize_text(joined, "raw") == prepare.normalize_text(joined, "plain") == joined
     assert evaluate.error_rates(["cafe\u0301 bi\u00adrd"], ["café bird"]) == dict(cer=0, wer=0)
 
 
