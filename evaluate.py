@@ -479,7 +479,7 @@ def parse_args(argv=None):
     flag("--audio", type=Path, help="where the list's recordings are (default: beside the list)")
     flag("--generated", type=Path, help='folder of sample.py --list: adds the row "synthesis"')
     flag("--reconstruct", metavar="VAE", help='run folder or hub id of a VAE: adds the row "reconstruction"')
-    flag("--noise", type=at_least(0, float), nargs="+", default=[], help="more such rows: noise of so many deviations")
+    flag("--noise", type=at_least(0, float), nargs="+", default=[], help="more such rows: noise in the latents")
     flag("--no-original", action="store_true", help='drop the row "original"')
     flag("--asr", default=str(DEMO / "ssl"), help="recogniser (paper: openai/whisper-large-v3; default: the demo's)")
     flag("--language", default="en", help="of a multilingual Whisper (default %(default)s)")

@@ -875,8 +875,11 @@ def flow_matching_loss(dit, x, noise, t, span, text, lengths, drop_prompt, drop_
 
 # A few steps are best spent near the noise: these are places on a grid of 32 (EPSS, arXiv 2505.19931).
 EPSS = {
+    5: (0, 2, 4, 8, 16, 32),
+    6: (0, 2, 4, 6, 8, 16, 32),
     7: (0, 2, 4, 6, 8, 16, 24, 32),
     10: (0, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32),
+    12: (0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32),
     16: (*range(9), 10, 12, 14, 16, 20, 24, 28, 32),
 }
 

@@ -975,7 +975,7 @@ def read_args(parser: argparse.ArgumentParser, kind: str, argv, bf16: bool) -> a
     flag = parser.add_argument
     flag("--data", type=Path, default=Path("data/demo"), help="folder made by prepare.py (default %(default)s)")
     flag("--out", type=Path, default=Path(f"runs/{kind[6:]}"), help="run folder (default %(default)s)")
-    flag("--preset", choices=list(PRESETS), help="sizes and settings in place of the defaults (demo data: demo)")
+    flag("--preset", choices=list(PRESETS), help="sizes and settings; defaults shown are the paper's (demo data: demo)")
     flag("--resume", action="store_true", help="go on with the run in --out, with its settings but for flags given")
     flag("--init", help="start from the weights of this folder or hub id, to fine-tune them")
     flag("--steps", type=at_least(1), default=600_000, help="updates (default %(default)s)")
@@ -1309,7 +1309,7 @@ def parse_args(argv=None):
     flag("--sample-rate", type=at_least(1000), default=16000, help="of the stored audio, in Hz (default %(default)s)")
     flag("--min-seconds", type=at_least(0.1, float), default=0.5, help="drop shorter clips (default %(default)s)")
     flag("--max-seconds", type=at_least(0.1, float), default=30, help="drop longer clips (default %(default)s)")
-    flag("--batch-seconds", type=at_least(0.1, float), default=60, help="audio in one batch of the teacher")
+    flag("--batch-seconds", type=at_least(0.1, float), default=60, help="audio in a batch of teacher or aligner")
     args = parser.parse_args(argv)
     given = [name for name in CHOICES if getattr(args, name) != parser.get_default(name)]
     if args.source or args.download:

@@ -89,6 +89,8 @@ def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> 
     if dit.durations:
         durations = dit.durations(text[None].to(dit.latent_mean.device))[0].exp().double().cpu()
         durations[len(prompt) - 1] = 0  # the space between, as in training
+    elif len(text) - len(prompt) < 10:
+        speed = min(speed, 0.3)  # F5-TTS's rule: a word alone would be rushed
     durations *= prompt_frames / durations[: len(prompt)].sum()
     frames = int(durations[len(prompt) :].sum() / speed + 1e-6)
     if request.seconds:
@@ -234,6 +236,8 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     if decoder.latents_hash() != dit.config.vae_hash:
         raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is "
                          f"{decoder.latents_hash()}: name the right one with --vae")
+    if dit.config.vocabulary and "F5TTS_v1" not in str(folder.resolve()):  # names and shapes of weights do not tell
+        print(f"{tts} is taken for a fine-tune of F5TTS_v1_Base: one of another base would babble")
     notes |= dict(tts_name=revision(folder), vae_name=decoder.content_hash())  # before folding, which renames weights
     return dit, fold_weight_norm(decoder), notes
 

@@ -5,9 +5,9 @@
     torchrun --standalone --nproc_per_node 8 train_tts.py --preset paper --data ...   # the same training on 8 GPUs
     python train_tts.py --resume --out runs/tts                            # go on exactly where it stopped
 
-The run folder is that of train_vae.py. The loss does not tell when a model begins to speak; the character error rate
-(cer) of a few fixed sentences does. Every evaluation synthesises them with sample.py's own function and weights, and
-writes them to samples/ in the run folder.
+The run folder, another than the VAE's, holds the same files. The loss does not tell when a model begins to speak; the
+character error rate (cer) of a few fixed sentences does. Every evaluation synthesises them with sample.py's own
+function and weights, and writes them to samples/.
 """
 
 import argparse

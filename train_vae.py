@@ -7,7 +7,7 @@
 
 The run folder holds model.safetensors + config.json (the averaged weights: all that sampling needs), state.pt (weights,
 their average, both optimisers, the step: rates and random numbers follow from seed and step), args.json, log.csv, and
-samples/ with the same validation clips after every evaluation.
+samples/ with the same validation clips after every evaluation once the decoder learns.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from model import (PRESETS, InputError, LogMel, MelDistance, SemanticVAE, VAEConfig, Vocos, at_rate, conv_head,
                    kl_loss, load_torch, local_folder, rebuild, stft, stft_distance)  # fmt: skip
 from prepare import (DRAWS, ORDER, TRAINING, Data, Run, at_least, check_run, cli, clipped_step, compiled, distributed,
-                     forward_flops, frame_count, load_batches, moved, one_sum, read_args, repeat_last, start_ranks,
+                     forward_flops, load_batches, moved, one_sum, read_args, repeat_last, start_ranks,
                      switch, update_ema, write_wave)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,11 +44,11 @@ class Crops(torch.utils.data.Dataset):
         self.hop = vae.hop
         self.seed = seed
         self.clips = data.split("train")
-        # SSL frames per latent frame, 5/4 for 50 and 40 a second: crops start and end where both grids meet.
-        self.ratio = Fraction(ssl["rate"]) * vae.hop / data.rate if ssl else Fraction(1)
-        self.grid = self.ratio.denominator
-        self.frames = round(seconds * data.rate / vae.hop / self.grid) * self.grid
-        self.features = int(self.frames * self.ratio) if ssl else 0  # SSL frames of a crop
+        # A crop begins with an SSL frame (without features: each 20 ms too) and ends where frames of both kinds do.
+        self.stride = data.rate / Fraction(ssl["rate"] if ssl else 50)  # samples
+        ratio = vae.hop / self.stride if ssl else Fraction(1)  # SSL frames per latent frame: 5/4 for 50 and 40 a second
+        self.frames = round(seconds * data.rate / vae.hop / ratio.denominator) * ratio.denominator
+        self.features = int(self.frames * ratio) if ssl else 0  # SSL frames of a crop
         if self.frames * vae.hop <= 1024:  # half of the longest STFT window, or nothing
             raise InputError(f"--crop {seconds} is {self.frames} frames of {vae.hop} samples: 1025 are needed")
 
@@ -60,9 +60,9 @@ class Crops(torch.utils.data.Dataset):
         epoch, position = divmod(k, len(self.clips))
         clip = self.clips[self.order(epoch)[position]]
         rng = np.random.default_rng([DRAWS, self.seed, k])
-        whole = frame_count(int(self.data.samples[clip]), self.data.rate, Fraction(self.data.rate, self.hop))
-        start = self.grid * int(rng.integers(0, max(0, whole - self.frames) // self.grid + 1))
-        wave = self.data.get("audio", clip, start * self.hop, self.frames * self.hop)
+        room = max(0, int(self.data.samples[clip]) - self.frames * self.hop)
+        start = int(rng.integers(0, room // self.stride + 1))  # in SSL frames
+        wave = self.data.get("audio", clip, int(start * self.stride), self.frames * self.hop)
         noise = rng.standard_normal((self.frames, self.latent_dim), dtype=np.float32)
         crop = dict(
             wave=F.pad(wave, (0, self.frames * self.hop - len(wave))),  # [T]
@@ -70,7 +70,7 @@ class Crops(torch.utils.data.Dataset):
             valid=torch.arange(self.frames) < math.ceil(len(wave) / self.hop),  # [N]
         )
         if self.features:
-            ssl = self.data.get("ssl", clip, int(start * self.ratio), self.features)
+            ssl = self.data.get("ssl", clip, start, self.features)
             crop["features"] = repeat_last(ssl, self.features)  # [S, ssl_dim]
         return crop
 
@@ -481,7 +481,8 @@ def make_discriminators(args) -> Discriminators:
     if args.init and not args.resume:
         path = local_folder(args.init) / "discriminator" / "weights.pth"
         if path.exists():
-            tensors = load_torch(path).get("state_dict", {})
+            tensors = load_torch(path)
+            tensors = tensors.get("state_dict", tensors)
             return rebuild(Discriminators, args.disc_width, tensors, f"{path} (--disc-width {args.disc_width})")
     return Discriminators(args.disc_width)
 

@@ -10,7 +10,7 @@
     python demo/make.py export --run RUN --out DIR [--vae VAE]   # demo/vae, demo/tts: a run in float16, and its log
 
 demo/README.md says where KOKORO, WHISPER and REAL come from, and with which flags the files here were made. Four voices
-and one sentence in eight are held out from everything.
+and one sentence in eight are held out from all training (demo/sv also learns from the valid clips).
 """
 
 import argparse
@@ -409,6 +409,7 @@ def fit(model, epoch, loss_of, args):
     log = args.out / "log.csv"
     if resume.exists():
         saved = torch.load(resume, weights_only=True)
+        print(f"goes on from step {saved['step']} of {resume}: name another --work to begin anew")
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -587,6 +588,12 @@ def export(args):
     del notes["config"]  # save_pretrained writes it again
     model = kind.from_pretrained(args.run)
     if kind is DiT:  # its VAE's latents differ by the rounding of the weights, and so does their name
+        if not args.vae:
+            sys.exit("error: a DiT needs --vae, where its exported VAE is")
+        whole = SemanticVAE.from_pretrained(args.run / notes["vae"])
+        names = (whole.latents_hash(), whole.half().float().latents_hash())
+        if SemanticVAE.from_pretrained(args.vae).latents_hash() not in names:
+            sys.exit(f"error: {args.vae} is not the VAE of {args.run}")
         notes["vae"] = os.path.relpath(args.vae, args.out.resolve())
         model.config = dataclasses.replace(model.config, vae_hash=SemanticVAE.from_pretrained(args.vae).latents_hash())
     model.save_pretrained(args.out, torch.float16, **notes)

@@ -154,10 +154,12 @@ def utterance(line: Line, args, systems: list[str], heard: dict, reconstruct) ->
     """The prompt and each row's version of one sentence."""
     waves = dict(prompt=read_audio(find_audio(args.audio, line.ref), 16000))
     for system in systems:
-        waves[system], _ = recording(system, line, args, reconstruct)
+        waves[system], found = recording(system, line, args, reconstruct)
+        if found and abs(found["mel"] - float(heard[system, line.gen]["mel"])) > 0.01:
+            raise InputError(f"--reconstruct {args.reconstruct} is not the VAE of {args.scores}")
     figures = []
     for name, wave in waves.items():
-        said = f": “{html.escape(heard[name, line.gen])}”" if name in systems else ""
+        said = f": “{html.escape(heard[name, line.gen]["hypothesis"])}”" if name in systems else ""
         seen_and_heard = spectrogram(wave) + player(wave, 16000)
         figures.append(f"<figure>{seen_and_heard}<figcaption>{name}{said}</figcaption></figure>")
     return f'<h2>{html.escape(line.text)}</h2><div class="row">{"".join(figures)}</div>'
@@ -181,7 +183,7 @@ def main(argv=None):
     device = torch.device("cpu")
     records = read_scores(args.scores)
     systems = list(dict.fromkeys(record["system"] for record in records))
-    heard = {(record["system"], record["utterance"]): record["hypothesis"] for record in records}
+    heard = {(record["system"], record["utterance"]): record for record in records}
     lines = [line for line in read_list(args.list) if (systems[0], line.gen) in heard]
     if not lines:
         raise InputError(f"{args.list} has none of the utterances of {args.scores}: name the scores' list with --list")

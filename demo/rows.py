@@ -1,14 +1,15 @@
 """The paper's question in small: rows that differ in one flag, stage 1 and 2 of each, a table and a figure.
 
     python demo/rows.py train semantic-64.0.aligned …   # each trained, spoken and scored; continues
-    python demo/rows.py collect --judge "COMMAND"       # runs/rows → demo/rows/*.csv
+    python demo/rows.py collect --judge "COMMAND"       # runs/rows → demo/rows/*.csv, which it replaces
     python demo/rows.py table                           # demo/rows/*.csv → the table, and wer.svg (matplotlib)
 
-COMMAND reads a list (wav, text, prompt, tab-separated), and prints a line an utterance: WER in %, SIM, the wav's name,
-|text| -> |what it heard|.
+COMMAND is given the path of a list (wav, text, prompt, tab-separated) as its last argument, and prints a line an
+utterance: WER in %, SIM, the wav's name, |text| -> |what it heard|.
 
-A name is VAE.SEED.PLACE, or VAE.SEED.PLACE+adma. The data folder (runs/rows/data, for small-64 runs/rows/data-small) is
-made first, as demo/README.md says. A row's flags are those of all rows, then its own: what comes last holds.
+A name is VAE.SEED.PLACE, or VAE.SEED.PLACE+adma. The data folder runs/rows/data is made first, as demo/README.md says;
+for small-64 runs/rows/data-small: prepare.py demo/corpus MORE MORE2 --out runs/rows/data-small --ssl demo/ssl --aligner
+demo/ssl --text plain. A row's flags are those of all rows, then its own: what comes last holds.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def judge(command: str, wavs: dict, out: Path) -> dict:
         rows = [f"{wav}\t{lines[name].text}\t{find_audio(LIST.parent, lines[name].ref)}" for name, wav in wavs.items()]
         listing = out.with_suffix(".tsv")
         listing.write_text("\n".join(rows) + "\n")
-        done = subprocess.run([*shlex.split(command), listing], check=True, capture_output=True, text=True)
+        done = subprocess.run([*shlex.split(command), listing], check=True, stdout=subprocess.PIPE, text=True)
         out.write_text(done.stdout)
     found = re.findall(r"^ *([\d.]+) +([\d.-]+) +(\S+) .*-> +\|(.*)\|$", out.read_text(), re.M)
     names = {Path(wav).name: name for name, wav in wavs.items()}
@@ -178,7 +179,7 @@ def shown(values: np.ndarray) -> str:
 
 
 def minutes_per_step(log: list[dict]) -> float:
-    """By the median over the log's windows: evaluations and other work on the machine do not count."""
+    """By the median over the log's windows: what slows fewer than half of them (evaluations, say) hardly counts."""
     at = [(int(row["step"]), float(row["seconds"])) for row in log]
     return float(np.median([(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in zip(at, at[1:]) if s1 > s0])) / 60
 
@@ -262,6 +263,8 @@ if __name__ == "__main__":
     args = parser.parse_intermixed_args()
     if args.what == "collect" and not args.judge:
         parser.error("collect needs --judge")
+    if args.what == "train" and not args.rows:
+        parser.error("train needs names of rows")
     for name in args.rows:
         if not re.fullmatch(rf"({'|'.join(ROWS)})\.\d+\.(aligned|even)(\+adma)?", name):
             parser.error(f"no row {name}: expected VAE.SEED.PLACE, of {', '.join(ROWS)}, aligned and even")

@@ -367,7 +367,8 @@ def demo_requests():
 
 @torch.no_grad()
 def demo(form: str, work: Path) -> dict:
-    """Seconds of work a second of speech of sample.py with the demo's networks, by stage: one utterance at a time."""
+    """Seconds of work a second of speech of sample.py with the demo's networks, by stage: one utterance at a time.
+    `dit` includes `text`; `decoder` has the whole prompt, too."""
     model, codec, requests = demo_requests()
     total = {}
     said = sum(r["frames"] for r in requests) * model.config.hop / model.config.sample_rate
@@ -376,7 +377,7 @@ def demo(form: str, work: Path) -> dict:
         stages = dict(
             prompt=lambda: codec.encode(r["wave"]),
             text=lambda: [model.text_embed(symbols, lengths, noise.shape[1], starts=r["starts"]) for _ in range(2)],
-            dit=lambda: integrate(model, *r["integrate"], 32, starts=r["starts"]),
+            dit=lambda: integrate(model, *r["integrate"], 16, starts=r["starts"]),
             decoder=lambda: codec.decode(noise),
         )
         for name, call in stages.items():
@@ -404,8 +405,8 @@ def curves(form: str, work: Path) -> dict:
     """200 steps of the demo's VAE with discriminators from one seed, plain and fast: mean losses of 50 steps each."""
     prepare.main(["--out", str(work / "demo")])
     flags = [
-        "--data", work / "demo", "--steps", 200, "--encoder-steps", 0, "--adv-start", 0, "--log-every", 1,
-        "--eval-every", 200,
+        "--preset", "demo", "--data", work / "demo", "--steps", 200, "--encoder-steps", 0, "--adv-start", 0,
+        "--log-every", 1, "--eval-every", 200,
     ]
     rows = plain.train([str(f) for f in [*flags, "--out", work / "plain"]], DEVICE)
     train_vae.main([str(f) for f in [*flags, "--out", work / "fast"]])
@@ -511,6 +512,8 @@ def take_turns(what: str, folder: str) -> dict[str, dict]:
 
 
 def main():
+    if sys.argv[1:] != ["gpu"] and set(sys.argv[1:]) - set(FORMS):
+        sys.exit(__doc__)
     name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     if GPU:
         name = torch.cuda.get_device_name()

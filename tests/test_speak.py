@@ -54,7 +54,8 @@ def test_target_length_follows_the_prompts_rate():
     assert frames(40, request) == 40 + 80 and frames(40, request, speed=2) == 40 + 40
     assert frames(2, request) == 5 + 10 + 1  # never fewer frames than symbols
     assert frames(40, Request(np.zeros(1), "ab", "cd", seconds=1.5)) == 40 + 60
-    assert frames(40, Request(np.zeros(1), "é", "é")) == 40 + 26  # bytes, not characters
+    assert frames(40, Request(np.zeros(1), "é", "é" * 6)) == 40 + 160  # bytes, not characters
+    assert frames(40, Request(np.zeros(1), "abc", "yes")) == 40 + 100  # a word alone, at 0.3 of the pace
     assert torch.allclose(plan(dit, 40, request)[1], 8.0 * torch.arange(15))
 
     class Durations(torch.nn.Module):  # vowels last twice as long

@@ -236,7 +236,7 @@ def test_crops_are_a_pure_function_of_their_number_and_stay_inside_the_clip(worl
     data = Data(world.data, ("audio", "ssl"))
     config = VAEConfig(latent_dim=8)
     a, b = (Crops(data, config, 0.5, seed, data.meta["ssl"]) for seed in (3, 3))
-    assert a.grid == 4 and a.frames == 20
+    assert a.stride == 320 and a.frames == 20
     for k in (0, 5, 17, 40):
         x = a[k]
         y = b[k]
@@ -247,7 +247,7 @@ def test_crops_are_a_pure_function_of_their_number_and_stay_inside_the_clip(worl
     clip = a.clips[a.order(0)[5]]
     whole = data.get("audio", clip)
     crop = a[5]
-    start = next(k for k in range(0, len(whole) - 7999, 1600) if torch.equal(whole[k : k + 8000], crop["wave"]))
+    start = next(k for k in range(0, len(whole) - 7999, 320) if torch.equal(whole[k : k + 8000], crop["wave"]))
     features = data.get("ssl", clip)[start // 320 : start // 320 + 25]
     assert torch.equal(crop["features"][: len(features)], features)
     long = Crops(data, config, 5.0, 3, data.meta["ssl"])[0]  # longer than the clip: silence behind it, marked as such

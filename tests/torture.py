@@ -251,8 +251,8 @@ def manifests(root: Path):
         "manifest.csv": ["audio|speaker|text|split", *(f"audio/{i}.wav|s{i}|one small bird {i}|train" for i in nine)],
         "hub/metadata.csv": ["file_name,transcription", *(f'{i}.wav,"one small bird, {i}"' for i in nine)],
         "coqui/metadata.csv": ["audio_file|text|speaker_name", *(f"{i}.wav|one small bird {i}|ann" for i in nine)],
-        "lj/metadata.csv": [f"LJ{i}|One small bird {i}.|one small bird {i}" for i in rows],
-        "voices/metadata.csv": [f"LJ{i}|One small bird {i}.|p{i}" for i in rows],
+        "lj/metadata.csv": [f"LJ{i}|One small bird {i}.|one small bird {i}" for i in nine],
+        "voices/metadata.csv": [f"LJ{i}|One small bird {i}.|p{i}" for i in nine],
     }
 
     def read(rng):
