@@ -159,7 +159,7 @@ def utterance(line: Line, args, systems: list[str], heard: dict, reconstruct) ->
             raise InputError(f"--reconstruct {args.reconstruct} is not the VAE of {args.scores}")
     figures = []
     for name, wave in waves.items():
-        said = f": “{html.escape(heard[name, line.gen]["hypothesis"])}”" if name in systems else ""
+        said = f": “{html.escape(heard[name, line.gen]['hypothesis'])}”" if name in systems else ""
         seen_and_heard = spectrogram(wave) + player(wave, 16000)
         figures.append(f"<figure>{seen_and_heard}<figcaption>{name}{said}</figcaption></figure>")
     return f'<h2>{html.escape(line.text)}</h2><div class="row">{"".join(figures)}</div>'
