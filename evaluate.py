@@ -44,7 +44,7 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4
 
 
 def normalize(text: str) -> str:
-    """The seed-tts-eval rule: every punctuation character removed (apostrophes too), single spaces, lower case; after
+    """F5-TTS's rule: every punctuation character removed (apostrophes too), single spaces, lower case; after
     NFC and without invisible marks, which are no errors."""
     text = "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cf")
     kept = (c for c in text if c not in string.punctuation and unicodedata.category(c)[0] != "P")
@@ -516,7 +516,7 @@ def main(argv=None):
     precision = "float16" if args.half else "float32"
     signature = (f"list={args.list.name}@{zlib.crc32(repr(lines).encode()):08x} asr={asr.identity} "
                  f"sim={sim.identity} precision={precision} "
-                 f"batch={args.batch_size} normalizer=seed-tts-eval wer=utterance-mean")
+                 f"batch={args.batch_size} normalizer=f5-tts wer=utterance-mean")
     if reconstruct:
         signature += f" vae={reconstruct.vae.content_hash()}"
     if args.generated:

@@ -220,9 +220,9 @@ class Data:
     def split(self, name: str) -> list[int]:
         return [i for i, clip in enumerate(self.clips) if clip["split"] == name]
 
-    def spread(self, name: str, count: int) -> list[int]:
-        """`count` clips of a split, or all it has, spread evenly over its speakers."""
-        clips = sorted(self.split(name), key=lambda i: (self.clips[i]["speaker"], i))
+    def spread(self, clips: list[int], count: int) -> list[int]:
+        """`count` of these clips, or all, spread evenly over their speakers."""
+        clips = sorted(clips, key=lambda i: (self.clips[i]["speaker"], i))
         return [clips[round(k)] for k in np.linspace(0, len(clips) - 1, min(count, len(clips)))]
 
     def get(self, name: str, i: int, start: int = 0, count: int | None = None) -> torch.Tensor:

@@ -84,12 +84,14 @@ def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> 
     Bytes last as long as the DiT's duration predictor says, or all alike if it has none. The prompt's durations are
     scaled to its frames, and the target continues at that rate. Never fewer frames than bytes."""
     prompt = to_bytes(request.prompt_text + " ")
-    text = torch.cat([prompt, to_bytes(request.text)])
+    target = to_bytes(request.text)
+    text = torch.cat([prompt, target])
     durations = torch.ones(len(text), dtype=torch.float64)
-    if dit.durations:
-        durations = dit.durations(text[None].to(dit.latent_mean.device))[0].exp().double().cpu()
-        durations[len(prompt) - 1] = 0  # the space between, as in training
-    elif len(text) - len(prompt) < 10:
+    if dit.durations:  # each text alone: together, the target would begin like the middle of a sentence
+        parts = [part[None].to(dit.latent_mean.device) for part in (prompt[:-1], target)]
+        said, following = (dit.durations(part)[0].exp().double().cpu() for part in parts)
+        durations = torch.cat([said, torch.zeros(1), following])  # the space between lasts for nothing, as in training
+    elif len(target) < 10:
         speed = min(speed, 0.3)  # F5-TTS's rule: a word alone would be rushed
     durations *= prompt_frames / durations[: len(prompt)].sum()
     frames = int(durations[len(prompt) :].sum() / speed + 1e-6)
@@ -144,7 +146,8 @@ def synthesize(dit, vae, requests, steps=32, cfg=2.0, speed=1.0, seed=0, batch_s
             wave = wave[(len(prompts[i]) - first) * config.hop :]
             if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
                 what = "silence" if np.isfinite(wave).all() else "non-finite audio"
-                raise InputError(f"the model made {what} of {requests[i].text!r}: try another --seed, or train longer")
+                raise InputError(f"the model made {what} of {requests[i].text!r}: try another --seed (of a --list, "
+                                 "also another --out), or train longer")
             results[i] = wave / np.float32(gains[i])
     return results
 
@@ -179,7 +182,7 @@ def check_prompt(wave, text: str, rate: int, limit: float, what="the prompt") ->
 
 MARKS = "".join(c for c in map(chr, range(0x3100)) if unicodedata.category(c)[0] == "M")  # they follow their character
 CUTS = (  # sentence ends, commas, spaces, and characters where no spaces are written
-    r"(?<=[.!?])(?=\s)|(?<=[。！？])",
+    r"(?<=[.!?])(?=\s)|(?<=[.!?][\"'”’)])(?=\s)|(?<=[。！？])(?![」』”])|(?<=[。！？][」』”])",
     r"(?<=[,;:])(?=\s)|(?<=[，；：])",
     r"(?=\s)",
     f"(?<=[{UNSPACED}])(?=[{UNSPACED}])(?![{MARKS}])",
@@ -323,7 +326,7 @@ def say(args, dit, vae, generate, notes, device) -> None:
             short = len(requests) <= args.batch_size
             for i in trange(0, len(requests), args.batch_size, desc="batches", disable=short):
                 waves += generate(dit, vae, requests[i : i + args.batch_size], seed=args.seed + take)
-        except (KeyboardInterrupt, InputError):
+        except (KeyboardInterrupt, InputError, torch.OutOfMemoryError):
             if takes:
                 print(f"{args.out}: the best of {len(takes)} takes")
             elif waves:

@@ -287,7 +287,7 @@ def main(argv=None):
     keys = ([(step, clips) for clips in part] for step in range(run.first, args.steps) for part in micro.parts(step))
     loader = load_batches(train, keys, args, device, collate)
     asr = Recognizer(args.asr, device, args.language) if rank == 0 and args.asr != "none" else None
-    requests = fixed_requests(data, args.eval_sentences)
+    requests = fixed_requests(valid, args.eval_sentences)
     seconds = train.length(train.clips) / train.rate / train.groups  # of speech in a step, on average
     if asr:
         asr.warn([request.text for request in requests])
@@ -373,12 +373,14 @@ def validate(dit: DiT, examples: Utterances, device, clips: int = 32) -> float:
     return total / count
 
 
-def fixed_requests(data: Data, count: int) -> list[Request]:
-    """Validation clips spread over the speakers, each said after another of its speaker's (after itself, if alone)."""
+def fixed_requests(valid: Utterances, count: int) -> list[Request]:
+    """Validation clips spread over the speakers, each said after another of its speaker's (after itself, if alone): the
+    one that is nearest to 4 s, neither a single word nor half a minute."""
+    data = valid.data
     requests = []
-    for i in data.spread("valid", count):
-        same = [j for j in data.split("valid") if data.clips[j]["speaker"] == data.clips[i]["speaker"] and j != i]
-        prompt = same[0] if same else i
+    for i in data.spread(valid.clips, count):
+        same = [j for j in valid.clips if data.clips[j]["speaker"] == data.clips[i]["speaker"] and j != i]
+        prompt = min(same or [i], key=lambda j: abs(data.samples[j] / data.rate - 4))
         requests.append(Request(data.get("audio", prompt).numpy(), data.clips[prompt]["text"], data.clips[i]["text"]))
     return requests
 

@@ -350,7 +350,7 @@ def main(argv=None):
     ddp_d = distributed(fast_d, world)
     network = network_from(run.first)
     mel = MelDistance(data.rate).to(device)
-    clips = data.spread("valid", args.eval_clips)
+    clips = data.spread(data.split("valid"), args.eval_clips)
 
     def forward(network, batch, with_features: bool):
         with autocast():

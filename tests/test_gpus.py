@@ -229,8 +229,8 @@ def test_a_constant_latent_channel_is_named_and_kept(world, tmp_path, capsys):
 
 def test_validation_is_spread_over_speakers(world):
     data = Data(world.data)
-    assert {data.clips[i]["speaker"] for i in data.spread("valid", 2)} == {"s0", "s1"}
-    assert sorted(data.spread("valid", 99)) == data.split("valid")
+    assert {data.clips[i]["speaker"] for i in data.spread(data.split("valid"), 2)} == {"s0", "s1"}
+    assert sorted(data.spread(data.split("valid"), 99)) == data.split("valid")
 
 
 def test_streams_of_random_numbers_differ_by_purpose():

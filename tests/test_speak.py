@@ -95,6 +95,8 @@ def test_split_text_keeps_every_word_and_the_limit():
     assert split_text(text, 200) == [text] and split_text(text, 40)[0] == "The dog slept."
     # No spaces where there were none.
     assert split_text("它下雨了。河水上涨。狗睡了。", 40) == ["它下雨了。河水上涨。", "狗睡了。"]
+    assert split_text("天冷。「我等。」", 15) == ["天冷。", "「我等。」"]
+    assert split_text('"It is so." "We know," he said.', 20) == ['"It is so."', '"We know," he said.']
     assert split_text("Pi is 3.14 or so. It is.", 20) == ["Pi is 3.14 or so.", "It is."]
     with pytest.raises(InputError, match="longer than"):
         split_text("incomprehensibilities", 10)
@@ -106,7 +108,7 @@ def test_join_does_not_click():
     assert len(out) == 3 * 8000 - 2 * 320 and np.abs(np.diff(out)).max() < 0.02
 
 
-PAIRS = [  # reference, what was heard, errors and words by the seed-tts-eval rule, the same after Whisper's normaliser
+PAIRS = [  # reference, what was heard, errors and words by F5-TTS's rule, the same after Whisper's normaliser
     ("one small bird", "one small bird", (0, 3), (0, 3)),
     ("One small bird.", "one small bird", (0, 3), (0, 3)),
     ("one small bird", "One, small: bird!", (0, 3), (0, 3)),
@@ -260,8 +262,8 @@ def test_an_aligned_dit_speaks_as_long_as_its_durations_say(world, tmp_path):
     dit.save_pretrained(tmp_path / "tts", vae=str(world.vae))
     wave, _ = check_prompt(prepare.read_audio(world.corpus / "audio" / "3.wav", RATE), prompt_text, RATE, 10)
     frames = math.ceil(len(wave) / 400)
-    weights = dit.durations(to_bytes(f"{prompt_text} {text}")[None])[0].exp().double()
-    expected = frames * weights[15:].sum() / weights[:14].sum()
+    prompt_weights, weights = (dit.durations(to_bytes(t)[None])[0].exp().double() for t in (prompt_text, text))
+    expected = frames * weights.sum() / prompt_weights.sum()
     assert weights.max() > 1.5 * weights.min() and abs(expected - frames * len(text) / len(prompt_text)) > 0.5
 
     def said(*more):
@@ -274,7 +276,7 @@ def test_an_aligned_dit_speaks_as_long_as_its_durations_say(world, tmp_path):
     total, starts = plan(dit, frames, Request(wave, prompt_text, text))
     assert total == frames + int(expected) and starts[0] == 0 and starts[14] == starts[15] == frames
     steps = torch.cat([starts, torch.tensor([float(total)])]).diff().double()
-    assert torch.allclose(steps[15:] / steps[15:].sum(), weights[15:] / weights[15:].sum(), atol=1e-4)
+    assert torch.allclose(steps[15:] / steps[15:].sum(), weights / weights.sum(), atol=1e-4)
 
 
 def test_sample_splits_long_text_takes_takes_and_transcribes(world, tmp_path, capsys, monkeypatch):
@@ -325,7 +327,7 @@ def test_list_is_resumed_and_scored_with_a_signature(world, tmp_path, capsys, fa
     ]
     assert all(heading in table for heading in ("WER %", "corpus WER %", "Whisper-norm. WER %", "SIM", "mel", "STFT"))
     for word in (
-        "n=3", "asr=ssl@sha256:", f"tts={prepare.revision(world.tts)}", "sim=sv@sha256:", "normalizer=seed-tts-eval",
+        "n=3", "asr=ssl@sha256:", f"tts={prepare.revision(world.tts)}", "sim=sv@sha256:", "normalizer=f5-tts",
         "seed=0", "steps=2", "cfg=3", "vae=",
     ):
         assert word in table
