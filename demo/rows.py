@@ -222,17 +222,18 @@ def table(args) -> None:
             print(f"| {' | '.join(map(str, cells))} |")
     print("\n| synthesis, WER % | difference | in SIM |")
     print("|---|---|---|")
-    for place in sorted({key[1] for key in by_row if len(key) == 2}):
-        ours = by_row.get(("semantic-64", place))
-        other = by_row.get(("vanilla-64", place))
-        if ours and other:
+    spoken = sorted(key for key in by_row if len(key) == 2)
+    pairs = [(key, ("vanilla-64", key[1])) for key in spoken if key[0] == "semantic-64"]
+    pairs += [(key, (key[0], key[1].removesuffix("+adma"))) for key in spoken if key[1].endswith("+adma")]
+    for ours, other in pairs:
+        if other in by_row:
             cells = []
             for column, factor, digits in (("judge_wer", 100, 1), ("judge_sim", 1, 3)):
-                first, second = (matrix(rows, "synthesis", column) for rows in (ours, other))
+                first, second = (matrix(by_row[key], "synthesis", column) for key in (ours, other))
                 mean = first.mean() - second.mean()
                 low, high = factor * np.percentile(resampled(first, 1) - resampled(second, 2), [2.5, 97.5])
                 cells.append(f"{factor * mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
-            print(f"| semantic 64 - vanilla 64, {place} | {' | '.join(cells)} |")
+            print(f"| {', '.join(ours)} - {', '.join(other)} | {' | '.join(cells)} |")
     draw(curves)
 
 

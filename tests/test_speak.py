@@ -742,5 +742,5 @@ def test_rows_are_compared_over_the_same_utterances(tmp_path, monkeypatch, capsy
         f"| semantic-64, aligned | 2 | {100 * (hard.mean() + 0.75):.1f} [" in printed
         and "| 30.0, 60.0, 100.0 |" in printed
     )
-    assert "| semantic 64 - vanilla 64, aligned | -25.0 [-25.0, -25.0] | +0.000 [+0.000, +0.000] |" in printed
+    assert "| semantic-64, aligned - vanilla-64, aligned | -25.0 [-25.0, -25.0] | +0.000 [+0.000, +0.000] |" in printed
     assert rows.minutes_per_step([row for row in log if row["run"] == run]) == pytest.approx(2 / 60)
