@@ -27,7 +27,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from evaluate import Reconstructor, find_audio, read_list
-from prepare import write_wave
+from model import read_json
+from prepare import Data, write_wave
+from train_tts import Utterances
 
 HERE = ROOT / "demo" / "rows"
 LIST = ROOT / "demo" / "corpus" / "test.lst"
@@ -107,6 +109,25 @@ def reconstructed(vae: Path) -> dict:
     return wavs
 
 
+def loss_floor(run: Path) -> float:
+    """Of train_tts.validate()'s loss, what no model can predict: latents are sampled, z = mean + std · noise. The mean
+    over its clips, times and spans of s² / (t² s² + (1 − t)²), with s = std over the channel's deviation."""
+    args = read_json(run / "args.json")
+    need = ["latents"] + ["starts"] * (args["text_place"] == "aligned")
+    data = Data(args["data"], need, read_json(run / "config.json")["config"]["vae_hash"])
+    valid = Utterances(data, "valid", args["batch_seconds"], args["join"], args["seed"])
+    runs = valid.examples(np.random.default_rng(0))[:32]
+    total = 0.0
+    frames = 0
+    for i, clips in enumerate(runs):
+        t = (i + 0.5) / len(runs)
+        variance = torch.cat([data.get("latents", k)[:, 1] for k in clips]).exp() / valid.std**2  # [N, D]
+        span = valid[(-1, clips)]["span"]  # [N]
+        total += ((variance / (t**2 * variance + (1 - t) ** 2)).mean(-1) * span).sum().item()
+        frames += span.sum().item()
+    return total / frames
+
+
 def collect(args) -> None:
     HERE.mkdir(exist_ok=True)
     utterances = []
@@ -118,7 +139,8 @@ def collect(args) -> None:
     for run_folder in sorted(path.parent for path in args.work.glob("*/scores.csv")):
         name = run_folder.name
         stage = f"stage{1 if name.count('.') == 1 else 2}"
-        logs[stage] += [dict(run=name, **row) for row in read_csv(run_folder / "log.csv")]
+        more = dict(floor=f"{loss_floor(run_folder):.4f}") if stage == "stage2" else {}
+        logs[stage] += [dict(run=name, **row, **more) for row in read_csv(run_folder / "log.csv")]
         if stage == "stage1":
             wavs = reconstructed(run_folder)
             judged_system = "reconstruction"
@@ -204,21 +226,23 @@ def table(args) -> None:
             noisy = [f"{100 * matrix(rows, f'reconstruction+{level}', 'asr_wer').mean():.1f}" for level in NOISE]
             similar = matrix(rows, "reconstruction", "judge_sim").mean()
             print(f"| {kind} | {len(words)} | {shown(words)}, {similar:.3f} | {', '.join(noisy)} |")
-    columns = f"synthesis: WER % | SIM | minutes to {INTELLIGIBLE} % WER | loss of validation clips"
+    columns = f"synthesis: WER % | SIM | minutes to {INTELLIGIBLE} % WER | loss of validation clips | less its floor"
     print(f"\n| VAE, text | seeds | {columns} |")
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     curves = {}
     for (kind, *place), rows in by_row.items():
         if place:
             words = matrix(rows, "synthesis", "judge_wer")
             similar = matrix(rows, "synthesis", "judge_sim").mean()
             runs = [logs[name] for name in sorted({row["run"] for row in rows})]
-            losses = [float([row["valid_loss"] for row in log if row["valid_loss"]][-1]) for log in runs]
+            losses = np.array([float([row["valid_loss"] for row in log if row["valid_loss"]][-1]) for log in runs])
+            excess = losses - [float(log[0]["floor"]) for log in runs]
             name = f"{kind}, {place[0]}"
             curves[name] = [[(int(r["step"]) * minutes_per_step(log), 100 * float(r["wer"])) for r in log if r["wer"]]
                             for log in runs]
             first = [next((f"{at:.1f}" for at, wer in points if wer < INTELLIGIBLE), "-") for points in curves[name]]
-            cells = [name, len(words), shown(words), f"{similar:.3f}", ", ".join(first), f"{np.mean(losses):.3f}"]
+            cells = [name, len(words), shown(words), f"{similar:.3f}", ", ".join(first)]
+            cells += [f"{losses.mean():.3f}", f"{excess.mean():.3f}"]
             print(f"| {' | '.join(map(str, cells))} |")
     print("\n| synthesis, WER % | difference | in SIM |")
     print("|---|---|---|")

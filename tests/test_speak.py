@@ -715,7 +715,8 @@ def test_rows_are_compared_over_the_same_utterances(tmp_path, monkeypatch, capsy
     for kind, better in (("semantic-64", 0.25), ("vanilla-64", 0)):
         for seed in range(2):
             run = f"{kind}.{seed}.aligned"
-            log += [dict(run=run, step=step, seconds=2 * step, wer=0.5, valid_loss=0.7) for step in (1, 20, 40)]
+            same = dict(run=run, wer=0.5, valid_loss=0.7, floor=0.5)
+            log += [same | dict(step=step, seconds=2 * step) for step in (1, 20, 40)]
             for i, wer in enumerate(hard):
                 entries.append(
                     dict(
@@ -738,9 +739,7 @@ def test_rows_are_compared_over_the_same_utterances(tmp_path, monkeypatch, capsy
     rows.write_csv(tmp_path / "stage2.csv", log)
     rows.table(None)
     printed = capsys.readouterr().out
-    assert (
-        f"| semantic-64, aligned | 2 | {100 * (hard.mean() + 0.75):.1f} [" in printed
-        and "| 30.0, 60.0, 100.0 |" in printed
-    )
+    assert f"| semantic-64, aligned | 2 | {100 * (hard.mean() + 0.75):.1f} [" in printed
+    assert "| 0.500 | -, - | 0.700 | 0.200 |" in printed and "| 30.0, 60.0, 100.0 |" in printed
     assert "| semantic-64, aligned - vanilla-64, aligned | -25.0 [-25.0, -25.0] | +0.000 [+0.000, +0.000] |" in printed
     assert rows.minutes_per_step([row for row in log if row["run"] == run]) == pytest.approx(2 / 60)
