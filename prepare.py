@@ -105,7 +105,7 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
             while len(block := f.read(1 << 20, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(1))
             read = sum(map(len, blocks))
-            if read < 0.95 * f.frames < 1 << 40:  # an MP3; an estimate, of unknown length 2^63
+            if read < 0.95 * f.frames < 1 << 40:  # a cut MP3; where no header tells, 2^63
                 raise ValueError(f"it has {read} of {f.frames} samples, copy it anew")
             cut = re.search(r"^data : (\d+) \(should be (\d+)", f.extra_info, re.M)  # a WAV's header, and the file
             if cut and int(cut[2]) < int(cut[1]) < 1 << 31:  # a stream's header says 4 GB
@@ -1055,7 +1055,7 @@ class Run:
         self.group = dist.new_group(backend="gloo", timeout=TRAINING) if world > 1 else None  # CPUs agree on signals
         self.signal = 0
         for number in STOPS:
-            if number != getattr(signal, "SIGHUP", 0) or signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            if number != getattr(signal, "SIGHUP", 0) or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
@@ -1217,6 +1217,7 @@ def load_batches(dataset, sampler, args, device, collate=None):
 
 
 def moved(batch: dict, device) -> dict:
+    """The batch's tensors on the device, copied while the CPU goes on."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 

@@ -92,7 +92,7 @@ def plan(dit: DiT, prompt_frames: int, request: Request, speed: float = 1.0) -> 
         said, following = (dit.durations(part)[0].exp().double().cpu() for part in parts)
         durations = torch.cat([said, torch.zeros(1), following])  # the space between lasts for nothing, as in training
     elif len(target) < 10:
-        speed = min(speed, 0.3)  # F5-TTS's rule: a word alone would be rushed
+        speed *= 0.3  # F5-TTS's rule: a word alone would be rushed
     durations *= prompt_frames / durations[: len(prompt)].sum()
     frames = int(durations[len(prompt) :].sum() / speed + 1e-6)
     if request.seconds:
@@ -239,8 +239,6 @@ def load(tts: str, vae: str | None, device) -> tuple[DiT, SemanticVAE, dict]:
     if decoder.latents_hash() != dit.config.vae_hash:
         raise InputError(f"{tts} was trained on the latents of VAE {dit.config.vae_hash}, {vae} is "
                          f"{decoder.latents_hash()}: name the right one with --vae")
-    if dit.config.vocabulary and "F5TTS_v1" not in str(folder.resolve()):  # names and shapes of weights do not tell
-        print(f"{tts} is taken for a fine-tune of F5TTS_v1_Base: one of another base would babble")
     notes |= dict(tts_name=revision(folder), vae_name=decoder.content_hash())  # before folding, which renames weights
     return dit, fold_weight_norm(decoder), notes
 
@@ -262,7 +260,7 @@ def warn_of_unknown(texts: list[str], notes: dict, config: DiTConfig) -> None:
     if lost:
         print(f"the model was taught no signs: {lost} will not be said; write words for them")
     unknown = sorted(set(found) - set(notes.get("characters", found)))
-    why = "the training texts had no {}: what the model says there is a guess"
+    why = "the training texts had no {}: what the model makes of that is a guess"
     if config.vocabulary:
         unknown = [c for c in found if c != " " and to_symbols(c, config.vocabulary)[-1] == 0]
         why = "the vocabulary has no {}: the model reads a space there"
@@ -467,6 +465,8 @@ def main(argv=None):
     if rank == 0:
         precision = "bfloat16" if args.bf16 else "float32"
         print(f"device {device}, {precision}, seed {args.seed}, {args.steps} steps, guidance {args.cfg}")
+        if dit.config.vocabulary and "F5TTS_v1" not in str(Path(args.tts).resolve()):  # weights do not tell
+            print(f"{args.tts} is taken for a fine-tune of F5TTS_v1_Base: one of another base would babble")
     if args.list:
         say_list(args, dit, vae, generate, notes, rank, world)
     elif rank == 0:

@@ -279,7 +279,7 @@ def data(form: str, work: Path) -> dict:
     """What the two loaders deliver alone, in seconds of audio a second and process, and the padding in the paper's
     batches of 0.9 h (clips of 2 to 16 s)."""
     torch.set_num_threads(1)  # as in a loader's worker
-    stored = Data(work / "data", ("audio", "ssl", "latents"))
+    stored = Data(work / "data", ("audio", "ssl"))
     crops = train_vae.Crops(stored, VAEConfig(), 3, 0, stored.meta["ssl"])
     numbers = train_vae.CropNumbers(16, 0, 16, 16, 0, 1)
     loader = torch.utils.data.DataLoader(
@@ -287,7 +287,7 @@ def data(form: str, work: Path) -> dict:
     )
     start = time.perf_counter()
     vae_rate = sum(len(b["wave"]) * 3 for b in loader) / (time.perf_counter() - start)
-    examples = train_tts.Utterances(stored, "train", 120, 1, 0)
+    examples = train_tts.Utterances(Data(work / "data", ("latents",)), "train", 120, 1, 0)
     start = time.perf_counter()
     frames = 0
     micro = train_tts.MicroBatches(examples, 120, 0, 1)
