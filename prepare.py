@@ -457,9 +457,9 @@ def fill_latents(args, rank: int, world: int, device) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: each layout yields (id, path, speaker, text, split), with split "" where the source does not say.
 
-ALIASES = dict(
-    audio_file="audio", file_name="audio", transcription="text", speaker_name="speaker", speaker_id="speaker"
-)
+ALIASES = dict.fromkeys(["audio_file", "file", "file_name", "filename", "path"], "audio")
+ALIASES |= dict.fromkeys(["sentence", "transcript", "transcription"], "text")
+ALIASES |= dict.fromkeys(["client_id", "speaker_id", "speaker_name"], "speaker")
 CONVERT = ("awk -F'|' 'BEGIN {print \"audio|speaker|text\"} {print \"wavs/\" $1 \".wav|\" $3 \"|\" $2}' FILE > "
            "manifest.csv, with your separator after -F and your columns' numbers")
 

@@ -283,7 +283,7 @@ def test_an_empty_third_column_leaves_the_second(tmp_path):
 @pytest.mark.parametrize(
     "header, table, name",
     [
-        # Hugging Face, F5-TTS, Coqui, and ours with tabs.
+        # Hugging Face, F5-TTS, Coqui, ours with tabs, and Common Voice.
         ("file_name,transcription", 'wavs/a.wav,"One small, bird."\nwavs/b.wav,By the river.\n', "metadata.csv"),
         ("audio_file|text", "wavs/a.wav|One small, bird.\nwavs/b.wav|By the river.\n", "metadata.csv"),
         (
@@ -292,12 +292,17 @@ def test_an_empty_third_column_leaves_the_second(tmp_path):
             "metadata.csv",
         ),
         ("speaker\taudio\ttext", "ann\twavs/a.wav\tOne small, bird.\nann\twavs/b.wav\tBy the river.\n", "manifest.csv"),
+        (
+            "client_id\tpath\tsentence",
+            "ann\twavs/a.wav\tOne small, bird.\nann\twavs/b.wav\tBy the river.\n",
+            "manifest.csv",
+        ),
     ],
 )
 def test_tables_are_read_by_their_header(header, table, name, tmp_path, capsys):
     clips, dropped = prepared(tmp_path, corpus_of(tmp_path / "in", table, header, name))
     assert [c["text"] for c in clips.values()] == ["One small, bird.", "By the river."] and not dropped
-    named = "speaker" in header
+    named = "speaker" in header or "client_id" in header
     assert [c["speaker"] for c in clips.values()] == (["ann", "ann"] if named else ["wavs/a.wav", "wavs/b.wav"])
     assert ("2 clips name no speaker" in capsys.readouterr().out) is not named
 
