@@ -1288,7 +1288,9 @@ def clipped_step(optimizer: torch.optim.Optimizer, parameters, max_norm: float) 
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """ema ← d · ema + (1 − d) · model, with d rising from 0 to `decay`: short runs forget their start."""
     decay = min(decay, step / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    learned = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    averages, weights = map(list, zip(*learned))  # frozen, they are equal, and -0 would turn into 0: another hash
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
