@@ -503,6 +503,7 @@ def make_ssl(args):
     fit(both, epoch, loss_of, args)
     model.half().save_pretrained(args.out)
     Wav2Vec2Processor(extractor(), tokenizer).save_pretrained(args.out)
+    extractor().save_pretrained(args.out)
     model.float()
     for folder in args.data:
         valid = read_clips([folder], ["valid"])
