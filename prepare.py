@@ -1289,7 +1289,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     """ema ← d · ema + (1 − d) · model, with d rising from 0 to `decay`: short runs forget their start."""
     decay = min(decay, step / (10 + step))
     learned = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    averages, weights = map(list, zip(*learned))  # frozen, they are equal, and -0 would turn into 0: another hash
+    averages, weights = map(list, zip(*learned))  # averaging a frozen -0 would make it 0, and the hash another
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
